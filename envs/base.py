@@ -1,0 +1,148 @@
+"""The environment interface, and stepping many environments with automatic reset.
+
+An environment is two pure functions of one robot, `reset(key)` and `step(state, action)`; everything here and in the
+algorithms batches them with `jax.vmap`. How the physics is stepped is a private matter of the file that defines the
+environment.
+"""
+
+import abc
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from envs.mazes import Maze
+
+
+class State(NamedTuple):
+    """One environment at one moment."""
+
+    physics: Any
+    """PyTree of the physics backend; only the environment that made it looks inside."""
+    observation: Float[Array, "*batch observation"]
+    """What the robot senses, without the commanded goal."""
+    goal: Float[Array, "*batch goal"]
+    """The commanded goal, in the units of `observation[goal_indices]`; empty where a task has no goals."""
+    reward: Float[Array, "*batch"]
+    """Reward of the step that led here (0 after a reset)."""
+    terminated: Bool[Array, "*batch"]
+    """The task ended here (the robot fell, say). Time limits are not the environment's affair, see `VectorEnv`."""
+
+
+class Env(abc.ABC):
+    """A goal-conditioned task for one robot.
+
+    Attributes:
+      name: the name `envs.make` takes.
+      observation_size, action_size: lengths of the two vectors; actions lie in [-1, 1].
+      goal_indices: the entries of the observation that a goal specifies.
+      success_radius: a goal is reached while the Euclidean distance to it is below this, in the goal's unit.
+      maze: the walls, or None in the open; then the first two goal entries are the robot's x and y.
+    """
+
+    name: str
+    observation_size: int
+    action_size: int
+    goal_indices: tuple[int, ...]
+    success_radius: float
+    maze: Maze | None = None
+
+    @abc.abstractmethod
+    def reset(self, key: Key[Array, ""]) -> State:
+        """Draws a start and a goal."""
+
+    @abc.abstractmethod
+    def step(self, state: State, action: Float[Array, " action"]) -> State:
+        """Advances one control step."""
+
+    @abc.abstractmethod
+    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, " goal"]:
+        """Draws a goal from the distribution that `reset` draws from."""
+
+    @abc.abstractmethod
+    def render(self, states: State, stem: str) -> str:
+        """Draws trajectories, `states` with leading axes (episode, time), into `stem` plus an ending; returns the path."""
+
+    def achieved_goal(self, observation: Float[Array, "*batch observation"]) -> Float[Array, "*batch goal"]:
+        """The goal that an observation would reach."""
+        return observation[..., jnp.array(self.goal_indices)]
+
+    def distance(self, state: State) -> Float[Array, "*batch"]:
+        """Euclidean distance between the achieved and the commanded goal."""
+        return jnp.linalg.norm(self.achieved_goal(state.observation) - state.goal, axis=-1)
+
+
+class VectorState(NamedTuple):
+    """`num_envs` environments and their clocks; every leaf has a leading axis of `num_envs`."""
+
+    env: State
+    """The states to act in next, already reset where an episode has just ended."""
+    steps: Int[Array, " num_envs"]
+    """Steps taken in the current episode."""
+    key: Key[Array, " num_envs"]
+    """Where the next resets draw from."""
+    first: State | None
+    """Each environment's first state, to which it returns under `goals='fixed'`."""
+
+
+class Transition(NamedTuple):
+    """What one step of every environment did; leading axis `num_envs`."""
+
+    observation: Float[Array, "num_envs observation"]
+    action: Float[Array, "num_envs action"]
+    reward: Float[Array, " num_envs"]
+    next_observation: Float[Array, "num_envs observation"]
+    """The observation after the action: at the end of an episode the terminal one, not the next episode's first."""
+    terminated: Bool[Array, " num_envs"]
+    """The environment ended the episode."""
+    truncated: Bool[Array, " num_envs"]
+    """The time limit ended it (and the environment did not)."""
+
+
+class VectorEnv:
+    """Steps `num_envs` copies of an environment and resets each when its episode ends.
+
+    Args:
+      env: the environment.
+      num_envs: how many copies.
+      episode_length: the time limit, in steps; reaching it truncates.
+      goals: 'resampled' draws a new start and goal at each reset; 'fixed' returns each copy to the first start and
+        goal it had, which is what brax's AutoResetWrapper does and hence what the published CRL results are made of.
+    """
+
+    def __init__(self, env: Env, num_envs: int, episode_length: int, goals: str = "resampled"):
+        if goals not in ("fixed", "resampled"):
+            raise ValueError(f"goals is {goals!r}; it is 'fixed' or 'resampled'")
+        self.env, self.num_envs, self.episode_length, self.goals = env, num_envs, episode_length, goals
+
+    def reset(self, key: Key[Array, ""]) -> VectorState:
+        first_key, reset_key = jax.random.split(key)
+        state = jax.vmap(self.env.reset)(jax.random.split(first_key, self.num_envs))
+        return VectorState(
+            env=state,
+            steps=jnp.zeros(self.num_envs, jnp.int32),
+            key=jax.random.split(reset_key, self.num_envs),
+            # a copy: a donated carry may not name one buffer twice
+            first=jax.tree.map(jnp.copy, state) if self.goals == "fixed" else None,
+        )
+
+    def step(self, state: VectorState, action: Float[Array, "num_envs action"]) -> tuple[VectorState, Transition]:
+        after = jax.vmap(self.env.step)(state.env, action)
+        steps = state.steps + 1
+        truncated = (steps >= self.episode_length) & ~after.terminated
+        ended = after.terminated | truncated
+        transition = Transition(
+            state.env.observation, action, after.reward, after.observation, after.terminated, truncated
+        )
+
+        def restart(key):
+            if self.goals == "fixed":
+                return state.first, key
+            keys = jax.vmap(jax.random.split)(key)
+            return jax.vmap(self.env.reset)(keys[:, 0]), keys[:, 1]
+
+        # resetting costs about a physics step, so it is skipped while no episode ends
+        fresh, key = jax.lax.cond(ended.any(), restart, lambda key: (after, key), state.key)
+        env = jax.tree.map(lambda a, b: jnp.where(ended.reshape(-1, *[1] * (a.ndim - 1)), a, b), fresh, after)
+        return VectorState(env, jnp.where(ended, 0, steps), key, state.first), transition

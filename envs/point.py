@@ -1,0 +1,98 @@
+"""A point robot in any maze, in pure JAX: the CRL story on a laptop, and tests with a known answer.
+
+The robot is a disc of radius 0.2 in corridors one unit wide. An action is its velocity, at most 0.15 units a step along
+each axis; walls push it out along their normal, so it slides along them. Observation: x, y. Goal: x, y.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from envs import mazes
+from envs.base import Env, State
+
+ROBOT_RADIUS = 0.2
+SPEED = 0.15
+JITTER = 0.25
+"""Starts and goals are uniform in a square of this half side around the centre of their cell."""
+
+
+class PointMaze(Env):
+    """The point robot in the maze `layout` (a name in `mazes.DRAWINGS`)."""
+
+    observation_size = 2
+    action_size = 2
+    goal_indices = (0, 1)
+    success_radius = 0.25
+
+    def __init__(self, layout: str):
+        self.name = f"point_{layout}"
+        self.maze = mazes.load(layout, cell_size=1.0)
+        self._walls = self.maze.wall_boxes()
+
+    def reset(self, key: Key[Array, ""]) -> State:
+        start_key, goal_key = jax.random.split(key)
+        return self._state(_near_a_cell(start_key, self.maze.positions("R")), self.sample_goal(goal_key))
+
+    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
+        return _near_a_cell(key, self.maze.positions("G"))
+
+    def step(self, state: State, action: Float[Array, "2"]) -> State:
+        position = state.physics + SPEED * jnp.clip(action, -1, 1)
+        # the deepest wall first; three rounds, because a corner between two walls needs two
+        for _ in range(3):
+            position = _push_out(position, self._walls)
+        return self._state(position, state.goal)
+
+    def _state(self, position, goal):
+        reached = jnp.linalg.norm(position - goal) < self.success_radius
+        return State(position, position, goal, reached.astype(jnp.float32), jnp.zeros((), bool))
+
+    def render(self, states: State, stem: str) -> str:
+        """A GIF of all episodes side by side in one maze: the robots, their trails and their goals (crosses)."""
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import animation, pyplot
+
+        path, goals = np.asarray(states.physics), np.asarray(states.goal[:, 0])
+        figure, axes = pyplot.subplots(figsize=(4, 4), dpi=72, layout="tight")
+        mazes.draw(self.maze, axes)
+        colours = pyplot.get_cmap("tab10")(np.arange(len(path)) % 10)
+        axes.scatter(*goals.T, c=colours, marker="x", s=60)
+        trails = [axes.plot([], [], color=c, alpha=0.5)[0] for c in colours]
+        robots = [axes.add_patch(pyplot.Circle((0, 0), ROBOT_RADIUS, color=c)) for c in colours]
+
+        def frame(t):
+            for p, trail, robot in zip(path, trails, robots):
+                trail.set_data(*p[: t + 1].T)
+                robot.center = p[t]
+
+        film = animation.FuncAnimation(figure, frame, range(0, path.shape[1], 2))
+        film.save(f"{stem}.gif", animation.PillowWriter(fps=12))
+        pyplot.close(figure)
+        return f"{stem}.gif"
+
+
+def _near_a_cell(key, centres):
+    cell_key, offset_key = jax.random.split(key)
+    offset = jax.random.uniform(offset_key, (2,), minval=-JITTER, maxval=JITTER)
+    return jax.random.choice(cell_key, jnp.asarray(centres)) + offset
+
+
+def _push_out(position: Float[Array, "2"], walls: Float[Array, "boxes 4"]) -> Float[Array, "2"]:
+    """Moves a disc out of the box it is deepest in. A step is shorter than the radius: the centre stays outside."""
+    nearest = jnp.clip(position, walls[:, :2] - walls[:, 2:], walls[:, :2] + walls[:, 2:])
+    away = position - nearest
+    gap = jnp.linalg.norm(away, axis=1)
+    deepest = jnp.argmin(gap)
+    push = jnp.maximum(ROBOT_RADIUS - gap[deepest], 0) * away[deepest] / jnp.maximum(gap[deepest], 1e-6)
+    return position + push
+
+
+def register() -> dict:
+    """Environment names of this file and how to make each."""
+    return {f"point_{layout}": partial(PointMaze, layout) for layout in mazes.DRAWINGS}

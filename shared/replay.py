@@ -1,0 +1,148 @@
+"""A ring buffer of trajectories on the device, and discounted future states drawn from it in closed form.
+
+The buffer belongs in a donated carry: rows are then written in place. It is never rolled or copied, and a sample reads
+only the rows it returns.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+
+class Replay(NamedTuple):
+    """The last `capacity` rows of each of `num_envs` environments.
+
+    Row number t of an environment, counted from the first ever written, lies at position t % capacity.
+    """
+
+    data: PyTree[Float[Array, "capacity num_envs ..."]]
+    episode: Int[Array, "capacity num_envs"]
+    """Number of the episode that a row belongs to, counted from 0 in each environment."""
+    episode_end: Int[Array, "capacity num_envs"]
+    """At e % capacity: number of the newest row of episode e. At most `capacity` episodes are alive, so none clash."""
+    open_episode: Int[Array, " num_envs"]
+    """Number of the episode that the next row will belong to."""
+    count: Int[Array, ""]
+    """Rows ever written per environment, also those overwritten since."""
+
+    @property
+    def capacity(self) -> int:
+        return self.episode.shape[0]
+
+    @property
+    def size(self) -> Int[Array, ""]:
+        """Rows held per environment."""
+        return jnp.minimum(self.count, self.capacity)
+
+
+def init(row: PyTree[Float[Array, "..."]], capacity: int, num_envs: int) -> Replay:
+    """An empty buffer for rows shaped like `row` (one environment, one step)."""
+    return Replay(
+        data=jax.tree.map(lambda x: jnp.zeros((capacity, num_envs, *x.shape), x.dtype), row),
+        episode=jnp.zeros((capacity, num_envs), jnp.int32),
+        episode_end=jnp.zeros((capacity, num_envs), jnp.int32),
+        open_episode=jnp.zeros(num_envs, jnp.int32),
+        count=jnp.zeros((), jnp.int32),
+    )
+
+
+def add(replay: Replay, rows: PyTree[Float[Array, "time num_envs ..."]], last: Bool[Array, "time num_envs"]) -> Replay:
+    """Appends `time` rows to every environment; `last` marks the rows after which an episode ended.
+
+    Raises:
+      ValueError: if there are more rows than the buffer holds.
+    """
+    time, num_envs = last.shape
+    if time > replay.capacity:
+        raise ValueError(f"{time} rows at once do not fit a replay of {replay.capacity}")
+    number = replay.count + jnp.arange(time)
+    position = number % replay.capacity
+    ended = jnp.cumsum(last, axis=0, dtype=jnp.int32)
+    episode = replay.open_episode + ended - last
+    # an episode's newest row has the largest number, also among what a past episode left behind in the same place
+    end = replay.episode_end.at[episode % replay.capacity, jnp.arange(num_envs)].max(number[:, None])
+    return Replay(
+        data=jax.tree.map(lambda old, new: old.at[position].set(new), replay.data, rows),
+        episode=replay.episode.at[position].set(episode),
+        episode_end=end,
+        open_episode=replay.open_episode + ended[-1],
+        count=replay.count + time,
+    )
+
+
+def truncated_geometric(
+    uniform: Float[Array, "*batch"], steps: Int[Array, "*batch"], discount: float
+) -> Int[Array, "*batch"]:
+    """k in 1..steps with P(k) proportional to discount^k, by inverting the distribution function at u in [0, 1).
+
+    F(k) = (1 - discount^k) / (1 - discount^steps), hence k = 1 + floor(log(1 - u (1 - discount^steps)) / log discount).
+    Where steps is 0, k is 0.
+    """
+    log_discount = jnp.log(discount)
+    mass = -jnp.expm1(steps * log_discount)
+    k = 1 + jnp.floor(jnp.log1p(-uniform * mass) / log_discount).astype(jnp.int32)
+    return jnp.minimum(k, steps)
+
+
+class Pairs(NamedTuple):
+    """Where sampled pairs lie: environments, and numbers of two rows of one episode, the second not before the first."""
+
+    env: Int[Array, " batch"]
+    row: Int[Array, " batch"]
+    future: Int[Array, " batch"]
+
+
+def sample_future(replay: Replay, key: Key[Array, ""], batch_size: int, discount: float) -> Pairs:
+    """Draws rows t uniformly and independently, and for each a row t + k - 1 with P(k) proportional to discount^k.
+
+    k runs from 1 to the end of the episode (or of what is known of it), so the state that followed row t + k - 1 is the
+    one k steps after row t, the episode's terminal state included: the discounted future state of Eq. 1 of the paper,
+    given that the episode ends where it does. Any row qualifies, also an episode's last.
+
+    Args:
+      replay: not empty.
+      key: used once.
+      batch_size: any number.
+      discount: in (0, 1).
+    """
+    env_key, row_key, future_key = jax.random.split(key, 3)
+    env = jax.random.randint(env_key, (batch_size,), 0, replay.episode.shape[1])
+    row = replay.count - replay.size + jax.random.randint(row_key, (batch_size,), 0, replay.size)
+    steps = _episode_end(replay, row, env) - row + 1
+    k = truncated_geometric(jax.random.uniform(future_key, (batch_size,)), steps, discount)
+    return Pairs(env, row, row + k - 1)
+
+
+def sample_future_in_window(
+    replay: Replay, key: Key[Array, ""], batch_size: int, discount: float, window: int
+) -> Pairs:
+    """The law of the published code: futures are later rows t + k, k >= 1, of one window and one episode.
+
+    A window of that many rows is drawn uniformly, then a row in it that is not its last. A row with no later row of its
+    episode in the window is its own future (k = 0). Terminal states are no rows and never drawn.
+
+    Args:
+      replay: of at least 2 rows.
+      window: in rows, at least 2; a younger buffer is one window.
+    """
+    env_key, start_key, row_key, future_key = jax.random.split(key, 4)
+    env = jax.random.randint(env_key, (batch_size,), 0, replay.episode.shape[1])
+    window = jnp.minimum(window, replay.size)
+    starts = jnp.maximum(replay.size - window, 1)
+    start = replay.count - replay.size + jax.random.randint(start_key, (batch_size,), 0, starts)
+    row = start + jax.random.randint(row_key, (batch_size,), 0, window - 1)
+    steps = jnp.minimum(_episode_end(replay, row, env), start + window - 1) - row
+    k = truncated_geometric(jax.random.uniform(future_key, (batch_size,)), steps, discount)
+    return Pairs(env, row, row + k)
+
+
+def _episode_end(replay, row, env):
+    episode = replay.episode[row % replay.capacity, env]
+    return replay.episode_end[episode % replay.capacity, env]
+
+
+def gather(replay: Replay, row: Int[Array, " batch"], env: Int[Array, " batch"]) -> PyTree[Float[Array, "batch ..."]]:
+    """The data of the rows with these numbers, which the buffer must still hold."""
+    return jax.tree.map(lambda x: x[row % replay.capacity, env], replay.data)
