@@ -1,19 +1,35 @@
 """Environments by name."""
 
 import difflib
+from functools import partial
 
-from envs import point
+from envs import mazes
 from envs.base import Env, State, Transition, VectorEnv, VectorState
 
 __all__ = ["Env", "State", "Transition", "VectorEnv", "VectorState", "make", "names"]
 
 
+# Physics backends take seconds to import, so each robot's file is imported when the robot is made.
+def _point(layout):
+    from envs.point import PointMaze
+
+    return PointMaze(layout)
+
+
+def _ant(layout):
+    from envs.ant import Ant
+
+    return Ant(layout)
+
+
 def _makers() -> dict:
-    return point.register()
+    robots = {"point": _point, "ant": _ant}
+    in_mazes = {f"{robot}_{layout}": partial(new, layout) for robot, new in robots.items() for layout in mazes.DRAWINGS}
+    return in_mazes | {"ant": partial(_ant, None)}
 
 
 def names() -> list[str]:
-    """All names that `make` takes."""
+    """All names that `make` takes: `<robot>_<layout>` for every drawing in `envs/mazes.py`, and robots in the open."""
     return sorted(_makers())
 
 
@@ -22,6 +38,6 @@ def make(name: str) -> Env:
     makers = _makers()
     if name not in makers:
         near = difflib.get_close_matches(name, makers, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see envs.names()"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(makers)}"
         raise ValueError(f"unknown environment {name!r}; {hint}")
     return makers[name]()

@@ -62,7 +62,7 @@ class Env(abc.ABC):
 
     @abc.abstractmethod
     def render(self, states: State, stem: str) -> str:
-        """Draws trajectories, `states` with leading axes (episode, time), into `stem` plus an ending; returns the path."""
+        """Draws trajectories, `states` with leading axes (episode, time), into `stem` plus an ending: the path."""
 
     def achieved_goal(self, observation: Float[Array, "*batch observation"]) -> Float[Array, "*batch goal"]:
         """The goal that an observation would reach."""

@@ -4,8 +4,6 @@ The robot is a disc of radius 0.2 in corridors one unit wide. An action is its v
 each axis; walls push it out along their normal, so it slides along them. Observation: x, y. Goal: x, y.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,8 +89,3 @@ def _push_out(position: Float[Array, "2"], walls: Float[Array, "boxes 4"]) -> Fl
     deepest = jnp.argmin(gap)
     push = jnp.maximum(ROBOT_RADIUS - gap[deepest], 0) * away[deepest] / jnp.maximum(gap[deepest], 1e-6)
     return position + push
-
-
-def register() -> dict:
-    """Environment names of this file and how to make each."""
-    return {f"point_{layout}": partial(PointMaze, layout) for layout in mazes.DRAWINGS}

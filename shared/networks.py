@@ -24,7 +24,10 @@ class NetworkOptions(NamedTuple):
     unroll: int = 1
     """Blocks per iteration of the scan over depth."""
     dtype: str = "float32"
-    """Type of the operands of the matrix products in the blocks; sums, LayerNorm and the residual stream stay float32."""
+    """Operands of the matrix products in the blocks; their sums, LayerNorm and the residual stream are float32."""
+
+
+DEFAULT_OPTIONS = NetworkOptions()
 
 
 class Dense(eqx.Module):
@@ -97,7 +100,7 @@ class ResidualMLP(eqx.Module):
         depth: int,
         out_size: int,
         key: Key[Array, ""],
-        options: NetworkOptions = NetworkOptions(),
+        options: NetworkOptions = DEFAULT_OPTIONS,
     ):
         if depth < 4 or depth % 4:
             raise ValueError(f"depth is {depth}; it is a positive multiple of 4, because a block has four layers")
@@ -132,9 +135,7 @@ class SquashedGaussian(NamedTuple):
         """tanh(mean): the action of the deterministic policy."""
         return jnp.tanh(self.mean)
 
-    def sample_and_log_prob(
-        self, key: Key[Array, ""]
-    ) -> tuple[Float[Array, "*batch action"], Float[Array, "*batch"]]:
+    def sample_and_log_prob(self, key: Key[Array, ""]) -> tuple[Float[Array, "*batch action"], Float[Array, "*batch"]]:
         """A reparameterised sample and its log density.
 
         log |d tanh/dx| = log(1 - tanh(x)^2) is written as 2 (log 2 - x - softplus(-2x)), which stays finite and exact
@@ -148,5 +149,5 @@ class SquashedGaussian(NamedTuple):
 
 
 def count_parameters(tree) -> int:
-    """Number of scalars in the arrays of a PyTree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
+    """Number of scalars in a PyTree of arrays (or of their shapes)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -87,7 +87,7 @@ def truncated_geometric(
 
 
 class Pairs(NamedTuple):
-    """Where sampled pairs lie: environments, and numbers of two rows of one episode, the second not before the first."""
+    """Sampled pairs: environments, and the numbers of two rows of one episode, the second not before the first."""
 
     env: Int[Array, " batch"]
     row: Int[Array, " batch"]
