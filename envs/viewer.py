@@ -53,7 +53,7 @@ def save(
       rotations: of the links in the world, unit quaternions w, x, y, z.
       markers: each episode's goal in the world, in metres, drawn as a red ball under a red pole.
       seconds_per_frame: simulated time from one frame to the next.
-      title: shown in the corner and as the page's title.
+      title: shown beside the controls and as the page's title.
 
     ValueError in one line if the arrays or a shape do not fit together.
     """

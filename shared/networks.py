@@ -45,7 +45,7 @@ class Dense(eqx.Module):
 
     def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
         weight, x = self.weight.astype(self.dtype), x.astype(self.dtype)
-        return jnp.matmul(weight, x, preferred_element_type=jnp.float32) + self.bias
+        return jnp.matmul(x, weight.T, preferred_element_type=jnp.float32) + self.bias
 
 
 class Layer(eqx.Module):
