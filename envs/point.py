@@ -42,7 +42,7 @@ class PointMaze(Env):
         position = state.physics + SPEED * jnp.clip(action, -1, 1)
         # the deepest wall first; three rounds, because a corner between two walls needs two
         for _ in range(3):
-            position = _push_out(position, self._walls)
+            position = _push_out(position, jnp.asarray(self._walls))
         return self._state(position, state.goal)
 
     def _state(self, position, goal):

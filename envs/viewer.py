@@ -125,3 +125,24 @@ def _check_shape(shape: Shape, links: int) -> None:
 
 def _floats(numbers) -> list[float]:
     return [float(number) for number in numbers]
+
+
+ROBOT, SCENE = (0.95, 0.55, 0.15), (0.55, 0.6, 0.68)
+"""Colours: models bring dull ones, and a robot is small in a maze."""
+
+
+def shapes_of(model) -> list[Shape]:
+    """The shapes of a `mujoco.MjModel` whose body i + 1 is link i; geoms of other kinds are left out."""
+    kinds = {0: "plane", 2: "sphere", 3: "capsule", 6: "box"}  # mujoco.mjtGeom
+    shapes = []
+    for kind, size, body, position, rotation in zip(
+        model.geom_type, model.geom_size, model.geom_bodyid, model.geom_pos, model.geom_quat
+    ):
+        if kind in kinds:
+            name = kinds[kind]
+            colour = ROBOT if body else SCENE
+            size = tuple(map(float, size[: SIZE_LENGTHS[name] or 0]))
+            shapes.append(
+                Shape(name, size, colour, int(body) - 1, tuple(map(float, position)), tuple(map(float, rotation)))
+            )
+    return shapes

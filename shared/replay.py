@@ -129,11 +129,11 @@ def sample_future_in_window(
     """
     env_key, start_key, row_key, future_key = jax.random.split(key, 4)
     env = jax.random.randint(env_key, (batch_size,), 0, replay.episode.shape[1])
-    window = jnp.minimum(window, replay.size)
-    starts = jnp.maximum(replay.size - window, 1)
+    width = jnp.minimum(window, replay.size)
+    starts = jnp.maximum(replay.size - width, 1)
     start = replay.count - replay.size + jax.random.randint(start_key, (batch_size,), 0, starts)
-    row = start + jax.random.randint(row_key, (batch_size,), 0, window - 1)
-    steps = jnp.minimum(_episode_end(replay, row, env), start + window - 1) - row
+    row = start + jax.random.randint(row_key, (batch_size,), 0, width - 1)
+    steps = jnp.minimum(_episode_end(replay, row, env), start + width - 1) - row
     k = truncated_geometric(jax.random.uniform(future_key, (batch_size,)), steps, discount)
     return Pairs(env, row, row + k)
 

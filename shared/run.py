@@ -365,7 +365,7 @@ class Run:
         for path in self._checkpoints():
             try:
                 header, state = _load(path, like)
-            except (ValueError, KeyError, OSError, EOFError, RuntimeError):
+            except (ValueError, KeyError, TypeError, OSError, EOFError, RuntimeError):
                 self.print(f"checkpoint {path} is damaged or of another version; falling back to the one before it")
                 continue
             self._earlier_seconds, self._started = header["seconds"], time.monotonic()

@@ -11,7 +11,6 @@ from envs import mazes, point
 
 TRAINING_LAYOUTS = [name for name in mazes.DRAWINGS if not name.endswith("_eval")]
 """The others have the same walls (test_mazes.py)."""
-FASTEST = point.SPEED
 
 
 def gap(cells: tuple[str, ...], positions: np.ndarray) -> np.ndarray:
@@ -85,7 +84,7 @@ def test_away_from_walls_an_action_is_a_velocity():
     actions = np.random.default_rng(0).uniform(-1, 1, (50, 1, 2))
     path = rollout(env, start[None].repeat(50, axis=0), actions)
     moved = path.observation[:, 0] - start
-    np.testing.assert_allclose(moved, FASTEST * actions[:, 0], atol=1e-6)
+    np.testing.assert_allclose(moved, point.SPEED * actions[:, 0], atol=1e-6)
     np.testing.assert_array_equal(path.terminated, False)
 
 
@@ -99,11 +98,11 @@ def test_action_is_clipped_to_the_unit_square():
 @pytest.mark.parametrize("across, along", itertools.product([-1, -0.4], [0.5, 1]))
 def test_robot_slides_along_a_wall(across, along):
     """The upper corridor of u_maze has its outer wall at x = 0.5; y runs along it, past the cells' borders."""
-    steps = int(1.5 / (FASTEST * along))
+    steps = int(1.5 / (point.SPEED * along))
     touching = 0.5 + point.ROBOT_RADIUS
     path = rollout(envs.make("point_u_maze"), [[touching, 1.0]], np.full((1, steps, 2), (across, along))).observation[0]
     np.testing.assert_allclose(path[:, 0], touching, atol=1e-5)
-    np.testing.assert_allclose(path[:, 1], 1 + FASTEST * along * np.arange(1, steps + 1), atol=1e-5)
+    np.testing.assert_allclose(path[:, 1], 1 + point.SPEED * along * np.arange(1, steps + 1), atol=1e-5)
 
 
 def test_robot_rests_in_an_inner_corner():
@@ -167,7 +166,7 @@ def test_reward_is_1_exactly_within_the_success_radius():
 
 def test_reward_is_of_the_position_after_the_step():
     env, goal = envs.make("point_u_maze"), np.array([1.0, 2.0])
-    start = goal - (0, env.success_radius + FASTEST / 2)
+    start = goal - (0, env.success_radius + point.SPEED / 2)
     states = rollout(env, [start], [[(0, 1), (0, -1)]], goal)
     np.testing.assert_array_equal(states.reward[0], [1, 0])
 

@@ -1,0 +1,173 @@
+"""Networks against NumPy, SciPy and an unrolled loop; the compile time that makes depth 1024 usable."""
+
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from algorithms import crl
+from shared.networks import NetworkOptions, ResidualMLP, SquashedGaussian, count_parameters
+
+
+def unrolled(network, x):
+    """The same network with a Python loop over its blocks."""
+    x = network.stem(x)
+    for i in range(network.blocks.layers[0].dense.bias.shape[0]):
+        x = jax.tree.map(lambda leaf, i=i: leaf[i], network.blocks)(x)
+    return network.head(x)
+
+
+def numpy_forward(network, x):
+    """The network as the paper describes it, in float64 and without any of its code."""
+
+    def array(leaf):
+        return np.asarray(leaf, np.float64)
+
+    def layer(p, x, i=()):
+        y = array(p.dense.weight)[i] @ x + array(p.dense.bias)[i]
+        y = (y - y.mean()) / np.sqrt(y.var() + 1e-6) * array(p.norm.weight)[i] + array(p.norm.bias)[i]
+        return y / (1 + np.exp(-y))
+
+    x = layer(network.stem, np.asarray(x, np.float64))
+    for i in range(network.blocks.layers[0].dense.bias.shape[0]):
+        y = x
+        for p in network.blocks.layers:
+            y = layer(p, y, i)
+        x = x + y
+    return array(network.head.weight) @ x + array(network.head.bias)
+
+
+def perturbed(network, key):
+    """Away from the initial zeros and ones, so that no parameter is silently unused."""
+    leaves, tree = jax.tree.flatten(network)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+
+
+def make(depth, width=16, **options):
+    network = ResidualMLP(5, width, depth, 3, jax.random.key(0), NetworkOptions(**options))
+    return perturbed(network, jax.random.key(1))
+
+
+@pytest.mark.parametrize("depth", [4, 8, 32])
+def test_forward_equals_numpy(depth):
+    network, x = make(depth), jax.random.normal(jax.random.key(2), (5,))
+    np.testing.assert_allclose(network(x), numpy_forward(network, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [4, 12, 40])
+@pytest.mark.parametrize("options", [{}, {"remat": "full", "unroll": 3}, {"remat": "none", "unroll": 2}])
+def test_scan_equals_unrolled_loop(depth, options):
+    network, x = make(depth, **options), jax.random.normal(jax.random.key(2), (7, 5))
+
+    def loss(forward, network, x):
+        return jnp.sum(jax.vmap(lambda x: forward(network, x))(x) ** 2)
+
+    value, gradient = jax.value_and_grad(lambda *a: loss(lambda n, x: n(x), *a), (0, 1))(network, x)
+    value2, gradient2 = jax.value_and_grad(lambda *a: loss(unrolled, *a), (0, 1))(network, x)
+    np.testing.assert_allclose(value, value2, rtol=1e-5)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient2))
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient2)):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(
+    ("depth", "expected"), [(4, (344_098, 355_392, 283_200)), (64, (4_322_338, 4_333_632, 4_261_440))]
+)
+def test_parameter_counts_are_the_papers(depth, expected):
+    """Humanoid: 268 state entries, 17 actions, 3 goal entries (fact sheet 1.1)."""
+
+    class Humanoid:
+        observation_size, action_size, goal_indices = 268, 17, (0, 1, 2)
+
+    config = crl.Config(depth=depth)
+    shapes = jax.eval_shape(lambda: crl.make_networks(config, Humanoid, jax.random.key(0)))
+    actor, critic = shapes
+    assert (count_parameters(actor), count_parameters(critic.phi), count_parameters(critic.psi)) == expected
+
+
+def test_initial_weights_are_uniform_within_one_over_root_fan_in():
+    network = ResidualMLP(100, 64, 8, 7, jax.random.key(0))
+    for dense, fan_in in ((network.stem.dense, 100), (network.blocks.layers[2].dense, 64), (network.head, 64)):
+        weight = np.asarray(dense.weight).ravel() * np.sqrt(fan_in)
+        assert stats.kstest(weight, stats.uniform(-1, 2).cdf).pvalue > 1e-3
+        assert not np.asarray(dense.bias).any()
+    first, second = network.blocks.layers[0].dense.weight[0], network.blocks.layers[0].dense.weight[1]
+    assert not np.array_equal(first, second), "blocks share their initial weights"
+
+
+def test_bfloat16_touches_only_the_matrix_products():
+    x = jax.random.normal(jax.random.key(2), (5,))
+    exact, rounded = make(8)(x), make(8, dtype="bfloat16")(x)
+    assert rounded.dtype == jnp.float32
+    assert 0 < float(jnp.abs(exact - rounded).max()) < 0.1
+
+
+@pytest.mark.parametrize("depth", [0, 2, 3, 6, -4])
+def test_depth_is_a_positive_multiple_of_four(depth):
+    with pytest.raises(ValueError, match="positive multiple of 4"):
+        ResidualMLP(2, 8, depth, 2, jax.random.key(0))
+
+
+@pytest.mark.parametrize("mean", [0.0, -0.7, 3.0])
+@pytest.mark.parametrize("log_std", [-5.0, -1.5, 2.0])
+def test_log_prob_equals_scipy(mean, log_std):
+    """The density of tanh(x) is the normal one divided by the slope 1 - tanh(x)^2, here in float64."""
+    distribution = SquashedGaussian(jnp.full((1000, 2), mean), jnp.full((1000, 2), log_std))
+    action, log_prob = distribution.sample_and_log_prob(jax.random.key(0))
+    x = np.asarray(mean + np.exp(log_std) * jax.random.normal(jax.random.key(0), (1000, 2)), np.float64)
+    np.testing.assert_allclose(action, np.tanh(x), atol=1e-6)
+    expected = stats.norm.logpdf(x, mean, np.exp(log_std)) + 2 * np.log(np.cosh(x))
+    np.testing.assert_allclose(log_prob, expected.sum(-1), rtol=1e-4, atol=1e-3)
+
+
+def test_log_prob_and_its_gradient_stay_finite_far_out():
+    def log_prob(mean):
+        return SquashedGaussian(mean, jnp.full(2, 2.0)).sample_and_log_prob(jax.random.key(0))[1]
+
+    value, gradient = jax.value_and_grad(log_prob)(jnp.array([500.0, -500.0]))
+    assert jnp.isfinite(value) and jnp.isfinite(gradient).all()
+
+
+def test_raw_output_becomes_mean_and_bounded_log_std():
+    distribution = SquashedGaussian.from_output(jnp.array([0.3, -9.0, 0.0, -100.0]))
+    np.testing.assert_allclose(distribution.mode(), np.tanh([0.3, -9.0]), rtol=1e-6)
+    np.testing.assert_allclose(distribution.log_std, [-1.5, -5.0])
+
+
+def test_compile_time_does_not_grow_with_depth():
+    """Issue: a gradient step at depth 1024 compiles within 30 s, and within 3 times the time of depth 16."""
+
+    class Task:
+        observation_size, action_size, goal_indices = 29, 8, (0, 1)
+
+    def seconds(depth):
+        config = crl.Config(depth=depth, batch_size=256)
+
+        def gradients(actor, critic, batch, key):
+            actor_gradient = jax.grad(crl.actor_loss, has_aux=True)(actor, critic, jnp.ones(()), batch, key, config)
+            return actor_gradient, jax.grad(crl.critic_loss, has_aux=True)(critic, batch, config)
+
+        actor, critic = jax.eval_shape(lambda: crl.make_networks(config, Task, jax.random.key(0)))
+        batch = crl.Batch(*(jax.ShapeDtypeStruct((256, n), jnp.float32) for n in (29, 8, 2)))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        start = time.perf_counter()
+        jax.jit(gradients).lower(actor, critic, batch, key).compile()
+        return time.perf_counter() - start
+
+    seconds(4)  # warms up tracing
+    shallow, deep = seconds(16), seconds(1024)
+    assert deep < 30
+    assert deep < 3 * shallow
+
+
+def test_count_parameters_counts_scalars():
+    assert count_parameters({"a": jnp.zeros((2, 3)), "b": [jnp.zeros(4)]}) == 10
+
+
+def test_networks_hold_arrays_only():
+    assert all(eqx.is_array(leaf) for leaf in jax.tree.leaves(make(4)))
