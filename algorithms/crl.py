@@ -37,23 +37,24 @@ from shared.networks import NetworkOptions, ResidualMLP, SquashedGaussian, count
 
 RECIPES = {
     "point_*": dict(
-        total_env_steps=1_600_000,
+        total_env_steps=2_000_000,
         num_envs=256,
         episode_length=100,
         unroll_length=50,
-        updates_per_chunk=64,
+        updates_per_chunk=128,
         min_replay_size=100,
         max_replay_size=1000,
+        batch_size=256,
         width=64,
-        discount=0.95,
+        discount=0.97,
         actor_lr=1e-3,
         critic_lr=1e-3,
         alpha_lr=1e-3,
         final_lr_fraction=0.05,
         goal_switch_probability=0.03,
         random_goals=0.5,
-        eval_every=160_000,
-        checkpoint_every=400_000,
+        eval_every=200_000,
+        checkpoint_every=500_000,
     ),
 }
 """Settings for environments whose name matches a pattern; a flag overrides each."""
@@ -273,8 +274,8 @@ def energy(
 
 
 def pairwise_energy(
-    phi: Float[Array, "batch representation"], psi: Float[Array, "batch representation"], kind: str
-) -> Float[Array, "batch batch"]:
+    phi: Float[Array, "rows representation"], psi: Float[Array, "columns representation"], kind: str
+) -> Float[Array, "rows columns"]:
     """f of all pairs: entry (i, j) belongs to state-action i and goal j.
 
     Distances come from one matrix product, |x - y|^2 = |x|^2 + |y|^2 - 2 x.y, instead of a batch x batch x
@@ -601,7 +602,7 @@ def draw_trajectories(env: Env, states: State, sampled: np.ndarray, path) -> Non
     for axis, title, kind in ((axes[0], "mean actions", False), (axes[1], "sampled actions", True)):
         mazes.draw(env.maze, axis)
         for i in np.flatnonzero(sampled == kind):
-            track = np.asarray(env.achieved_goal(states.observation[i]))
+            track = np.asarray(env.achieved_goal(jnp.asarray(states.observation[i])))
             (line,) = axis.plot(*track.T, alpha=0.8)
             axis.plot(*states.goal[i, 0], "X", markersize=9, color=line.get_color())
         axis.set_title(title)
@@ -753,7 +754,7 @@ def train(config: Config, env: Env, far: Env | None, log: run.Run) -> None:
             # keys of its own, so that evaluating more or less often changes nothing else
             keys = jax.vmap(jax.random.fold_in, (0, None))(seeds, 1 + steps["gradient_steps"])
             metrics |= jax.tree.map(np.asarray, score(state.actor, keys))
-            success = metrics["eval/success_any"].mean()
+            success = float(metrics["eval/success_any"].mean())
             log.print(summary(steps, metrics))
         log.log(steps, metrics, columns)
         log.show(steps["env_steps"], success)

@@ -118,12 +118,12 @@ class VectorEnv:
 
     def reset(self, key: Key[Array, ""]) -> VectorState:
         first_key, reset_key = jax.random.split(key)
-        state = jax.vmap(self.env.reset)(jax.random.split(first_key, self.num_envs))
+        # copies, because a donated carry may not name one buffer twice
+        state = jax.tree.map(jnp.copy, jax.vmap(self.env.reset)(jax.random.split(first_key, self.num_envs)))
         return VectorState(
             env=state,
             steps=jnp.zeros(self.num_envs, jnp.int32),
             key=jax.random.split(reset_key, self.num_envs),
-            # a copy: a donated carry may not name one buffer twice
             first=jax.tree.map(jnp.copy, state) if self.goals == "fixed" else None,
         )
 

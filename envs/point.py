@@ -39,10 +39,13 @@ class PointMaze(Env):
         return _near_a_cell(key, self.maze.positions("G"))
 
     def step(self, state: State, action: Float[Array, "2"]) -> State:
-        position = state.physics + SPEED * jnp.clip(action, -1, 1)
-        # the deepest wall first; three rounds, because a corner between two walls needs two
-        for _ in range(3):
-            position = _push_out(position, jnp.asarray(self._walls))
+        position = state.physics
+        # two halves: a whole diagonal step is longer than the radius, and could put the centre inside a corner
+        for _ in range(2):
+            position = position + SPEED / 2 * jnp.clip(action, -1, 1)
+            # the deepest wall first; twice, for a corner between two walls
+            for _ in range(2):
+                position = _push_out(position, jnp.asarray(self._walls))
         return self._state(position, state.goal)
 
     def _state(self, position, goal):
@@ -82,7 +85,7 @@ def _near_a_cell(key, centres):
 
 
 def _push_out(position: Float[Array, "2"], walls: Float[Array, "boxes 4"]) -> Float[Array, "2"]:
-    """Moves a disc out of the box it is deepest in. A step is shorter than the radius: the centre stays outside."""
+    """Moves a disc out of the box it is deepest in; its centre must not be inside one."""
     nearest = jnp.clip(position, walls[:, :2] - walls[:, 2:], walls[:, :2] + walls[:, 2:])
     away = position - nearest
     gap = jnp.linalg.norm(away, axis=1)

@@ -90,7 +90,7 @@ def setting():
         batch_size=16, width=8, representation_size=6, updates_per_chunk=2, total_env_steps=1000, random_goals=0.25,
     )  # fmt: skip
     env = envs.make(config.env)
-    state = crl.collect(config, env, crl.init(config, env, jax.random.key(0)))
+    state = jax.jit(lambda key: crl.collect(config, env, crl.init(config, env, key)))(jax.random.key(0))
     return config, env, state, crl.sample(config, env, state.replay, jax.random.key(1))
 
 
@@ -147,12 +147,13 @@ def test_update_takes_each_gradient_at_the_old_parameters(setting, entropy_tunin
         base, actor_lr=1e-2, critic_lr=2e-2, alpha_lr=3e-2, entropy_tuning=entropy_tuning, final_lr_fraction=1.0
     )
     key = jax.random.key(7)
-    new, _ = crl.update(config, env, state, key)
+    new, _ = jax.jit(lambda state: crl.update(config, env, state, key))(state)
     batch_key, actor_key = jax.random.split(key)
     batch = crl.sample(config, env, state.replay, batch_key)
     alpha = jnp.array(1.0 if entropy_tuning else 0.0)
-    actor = jax.grad(lambda p: crl.actor_loss(p, state.critic, alpha, batch, actor_key, config)[0])(state.actor)
-    critic = jax.grad(lambda p: crl.critic_loss(p, batch, config)[0])(state.critic)
+    loss = lambda p: crl.actor_loss(p, state.critic, alpha, batch, actor_key, config)[0]
+    actor = jax.jit(jax.grad(loss))(state.actor)
+    critic = jax.jit(jax.grad(lambda p: crl.critic_loss(p, batch, config)[0]))(state.critic)
     for old, gradient, got, rate in (
         (state.actor, actor, new.actor, 1e-2),
         (state.critic, critic, new.critic, 2e-2),
@@ -190,7 +191,7 @@ def test_many_seeds_at_once_equal_each_seed_alone(setting):
 
     def chunk(config, keys):
         state = jax.vmap(lambda key: crl.init(config, env, key))(keys)
-        return crl.over_seeds(config, lambda s: crl.train_chunk(config, env, s))(state)
+        return jax.jit(crl.over_seeds(config, lambda s: crl.train_chunk(config, env, s)))(state)
 
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
     both, info = chunk(together, keys)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from stubs import Sizes
 
 from algorithms import crl
 from shared.networks import NetworkOptions, ResidualMLP, SquashedGaussian, count_parameters
@@ -80,12 +81,8 @@ def test_scan_equals_unrolled_loop(depth, options):
 )
 def test_parameter_counts_are_the_papers(depth, expected):
     """Humanoid: 268 state entries, 17 actions, 3 goal entries (fact sheet 1.1)."""
-
-    class Humanoid:
-        observation_size, action_size, goal_indices = 268, 17, (0, 1, 2)
-
     config = crl.Config(depth=depth)
-    shapes = jax.eval_shape(lambda: crl.make_networks(config, Humanoid, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: crl.make_networks(config, Sizes(268, 17, 3), jax.random.key(0)))
     actor, critic = shapes
     assert (count_parameters(actor), count_parameters(critic.phi), count_parameters(critic.psi)) == expected
 
@@ -142,9 +139,6 @@ def test_raw_output_becomes_mean_and_bounded_log_std():
 def test_compile_time_does_not_grow_with_depth():
     """Issue: a gradient step at depth 1024 compiles within 30 s, and within 3 times the time of depth 16."""
 
-    class Task:
-        observation_size, action_size, goal_indices = 29, 8, (0, 1)
-
     def seconds(depth):
         config = crl.Config(depth=depth, batch_size=256)
 
@@ -152,7 +146,7 @@ def test_compile_time_does_not_grow_with_depth():
             actor_gradient = jax.grad(crl.actor_loss, has_aux=True)(actor, critic, jnp.ones(()), batch, key, config)
             return actor_gradient, jax.grad(crl.critic_loss, has_aux=True)(critic, batch, config)
 
-        actor, critic = jax.eval_shape(lambda: crl.make_networks(config, Task, jax.random.key(0)))
+        actor, critic = jax.eval_shape(lambda: crl.make_networks(config, Sizes(29, 8, 2), jax.random.key(0)))
         batch = crl.Batch(*(jax.ShapeDtypeStruct((256, n), jnp.float32) for n in (29, 8, 2)))
         key = jax.eval_shape(lambda: jax.random.key(0))
         start = time.perf_counter()

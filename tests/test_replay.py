@@ -81,7 +81,7 @@ def exact_episode_law(held):
 
 
 def exact_window_law(held, window):
-    """The published sampler, by enumeration: window start, row, then weights discount^k on later rows of the episode."""
+    """The published sampler, by enumeration: window start, row, weights discount^k on the episode's later rows."""
     law = Counter()
     for env, rows in enumerate(held):
         rows = list(rows)

@@ -1,0 +1,171 @@
+"""crl.py as a user runs it: killed, resumed, stopped, gone wrong. Tiny settings, real processes."""
+
+import csv
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from algorithms import crl
+from shared.run import TIMING_COLUMNS
+
+TINY = [
+    *("--num_envs=8", "--episode_length=20", "--unroll_length=10", "--updates_per_chunk=4", "--batch_size=16"),
+    *("--min_replay_size=20", "--max_replay_size=60", "--width=16", "--num_eval_envs=4"),
+    *("--eval_every=800", "--checkpoint_every=400"),
+]
+
+
+def command(*flags):
+    return [sys.executable, crl.__file__, *flags]
+
+
+def run_to_end(*flags, cwd, code=0):
+    done = subprocess.run(command(*flags), cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def metrics(folder):
+    rows = list(csv.DictReader((Path(folder) / "metrics.csv").open()))
+    return [{k: v for k, v in row.items() if k not in TIMING_COLUMNS} for row in rows]
+
+
+def start_and_signal(number, folder, flags, cwd, rows):
+    """Starts a run, waits for that many rows of metrics and a random moment more, and sends the signal."""
+    process = subprocess.Popen(command(*flags), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    path, deadline = Path(folder) / "metrics.csv", time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") > rows:
+            time.sleep(random.random() * 0.2)
+            break
+        time.sleep(0.002)
+    process.send_signal(number)
+    return process.returncode, *process.communicate(timeout=100), process.wait()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """An uninterrupted run of 3 seeds, and where it lies."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = [*TINY, "--num_seeds=2", "--total_env_steps=40000"]
+    done = run_to_end(*flags, f"--run_dir={folder / 'whole'}", cwd=folder)
+    return folder, flags, done
+
+
+def test_prints_what_it_is_and_last_the_run_folder(reference):
+    folder, _, done = reference
+    lines = done.stdout.splitlines()
+    assert lines[-1] == str(folder / "whole")
+    for words in (
+        r"recipe for point_u_maze",
+        r"actor\s+4 layers .* parameters",
+        r"device cpu",
+        r"compiled learn in .* s",
+    ):
+        assert re.search(words, done.stdout), words
+    assert "steps/s" in done.stderr and "left" in done.stderr and "success" in done.stderr
+    assert {"config.json", "metrics.csv", "checkpoints", "curve.png", "value_map.png", "trajectories.png"} <= {
+        p.name for p in (folder / "whole").iterdir()
+    }
+
+
+def test_same_seed_gives_the_same_metrics(reference):
+    folder, flags, _ = reference
+    run_to_end(*flags, f"--run_dir={folder / 'again'}", cwd=folder)
+    assert metrics(folder / "again") == metrics(folder / "whole")
+    seeds = {row["seed"]: row["train/critic_loss"] for row in metrics(folder / "whole")}
+    assert seeds["0"] != seeds["1"]
+
+
+def test_killed_three_times_and_resumed_it_ends_with_the_same_metrics(reference):
+    folder, flags, _ = reference
+    killed = folder / "killed"
+    total = len(metrics(folder / "whole"))
+    *_, code = start_and_signal(signal.SIGKILL, killed, [*flags, f"--run_dir={killed}"], folder, total * 0.2)
+    assert code == -signal.SIGKILL
+    for share in (0.45, 0.7):
+        *_, code = start_and_signal(signal.SIGKILL, killed, [f"--resume={killed}"], folder, total * share)
+        assert code == -signal.SIGKILL
+    assert len(metrics(killed)) < total
+    run_to_end(f"--resume={killed}", cwd=folder)
+    assert metrics(killed) == metrics(folder / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_says_how_to_resume_and_goes_on(reference, number):
+    folder, flags, _ = reference
+    stopped = folder / f"stopped-{number}"
+    _, out, _, code = start_and_signal(number, stopped, [*flags, f"--run_dir={stopped}"], folder, 20)
+    assert code == 128 + number
+    assert f"--resume {stopped}" in out and out.splitlines()[-1] == str(stopped)
+    saved = max(int(path.stem) for path in (stopped / "checkpoints").glob("*.eqx"))
+    assert saved == int(metrics(stopped)[-1]["env_steps"]), "nothing that was trained is lost"
+    run_to_end(f"--resume={stopped}", cwd=folder)
+    assert metrics(stopped) == metrics(folder / "whole")
+
+
+def test_without_the_replay_in_its_checkpoint_a_run_refills_it_and_says_so(reference):
+    folder, flags, _ = reference
+    small = folder / "small"
+    flags = [*flags, "--checkpoint_replay=false", f"--run_dir={small}"]
+    *_, code = start_and_signal(signal.SIGKILL, small, flags, folder, 40)
+    assert code == -signal.SIGKILL
+    sizes = [
+        max(p.stat().st_size for p in (folder / name / "checkpoints").glob("*.eqx")) for name in ("small", "whole")
+    ]
+    assert sizes[0] < sizes[1]
+    done = run_to_end(f"--resume={small}", cwd=folder)
+    assert "refilling it with the current policy" in done.stdout
+    assert int(metrics(small)[-1]["env_steps"]) >= 40000
+
+
+def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    flags = [*TINY, "--total_env_steps=4000", "--critic_lr=1e38", f"--run_dir={tmp_path / 'r'}"]
+    done = run_to_end(*flags, cwd=tmp_path, code=2)
+    assert re.search(
+        r"^error: train/\w+_loss is (nan|inf|-inf) at gradient step \d+ of seed 0", done.stderr, re.MULTILINE
+    )
+    assert list((tmp_path / "r" / "checkpoints").glob("*.eqx"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--depth=1024", "--env=point_u_maze"],
+        ["--goals=fixed", "--relabel=published", "--dtype=bfloat16", "--energy=cosine", "--loss=sym_infonce"],
+    ],
+)
+def test_settings_run_from_any_folder_with_finite_losses(flags, tmp_path):
+    run_to_end(*TINY, "--total_env_steps=400", *flags, cwd=tmp_path)
+    (folder,) = (tmp_path / "runs" / "crl" / "point_u_maze").iterdir()
+    assert re.fullmatch(r"0-\d{8}-\d{6}", folder.name)
+    assert all(abs(float(row["train/critic_loss"])) < 1e6 for row in metrics(folder))
+
+
+@pytest.mark.slow
+def test_the_ant_trains_evaluates_and_renders(tmp_path):
+    folder = tmp_path / "ant"
+    run_to_end(*TINY, "--env=ant_u_maze", "--depth=64", "--total_env_steps=400", f"--run_dir={folder}", cwd=tmp_path)
+    last = metrics(folder)[-1]
+    assert float(last["eval/far/distance"]) > 0.5
+    page = (folder / "rollout.html").read_text()
+    assert "webgl" in page.lower() and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_help_lists_every_flag(tmp_path):
+    done = run_to_end("--help", cwd=tmp_path)
+    for field in crl.dataclasses.fields(crl.Config):
+        assert f"--{field.name}\n" in done.stdout
+
+
+def test_an_error_goes_to_stderr_with_a_code(tmp_path):
+    done = run_to_end("--depth=5", cwd=tmp_path, code=2)
+    assert done.stdout == "" and done.stderr.startswith("error: depth is 5")
+    assert os.listdir(tmp_path) == []
