@@ -556,34 +556,42 @@ def evaluate(config: Config, env: Env, far: Env | None, actor: ResidualMLP, key:
 # ---- pictures -----------------------------------------------------------------------------------------------------
 
 
-def value_map(config: Config, env: Env, actor, critic, goal: Float[Array, "2"], cells: int = 12):
-    """Energies f((x, y), mean action, goal) on a grid over a maze, `cells` points a cell; walls are NaN.
+def value_map(config: Config, env: Env, state: TrainState, goals: Float[Array, "goals 2"], cells: int = 12):
+    """Energies f(s, mean action, goal) of one seed, for s all over a maze on a grid of `cells` points a cell.
 
-    All else in the observation is as after a reset. Returns the grid's x, its y, and the map (y, x).
+    All but the position is as after a reset. Returns the grid's x, its y, and the maps (goal, y, x); walls are NaN.
     """
     maze = env.maze
     rows, columns = maze.is_wall.shape
     x, y = ((np.arange(n * cells) + 0.5) / cells - 0.5 for n in (rows, columns))
     points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
-    observation = jnp.tile(env.reset(jax.random.key(0)).observation, (len(points), 1))
-    observation = observation.at[:, np.array(env.goal_indices)].set(points * maze.cell_size)
-    goals = jnp.tile(goal, (len(points), 1))
-    action = policy(actor, observation, goals).mode()
-    values = energy(critic.encode_state_action(observation, action), critic.encode_goal(goals), config.energy)
+
+    @jax.jit
+    def values(goals):
+        observation = jnp.tile(env.reset(jax.random.key(0)).observation, (len(points), 1))
+        observation = observation.at[:, np.array(env.goal_indices)].set(points * maze.cell_size)
+
+        def of(goal):
+            goal = jnp.tile(goal, (len(points), 1))
+            phi = state.critic.encode_state_action(observation, policy(state.actor, observation, goal).mode())
+            return energy(phi, state.critic.encode_goal(goal), config.energy)
+
+        return jax.lax.map(of, goals)
+
     walls = maze.is_wall[tuple(np.round(points).astype(int).T)]
-    values = np.where(walls, np.nan, values).reshape(len(y), len(x))
-    return x * maze.cell_size, y * maze.cell_size, values
+    maps = np.where(walls, np.nan, values(goals)).reshape(-1, len(y), len(x))
+    return x * maze.cell_size, y * maze.cell_size, maps
 
 
-def draw_value_map(config: Config, env: Env, far: Env | None, actor, critic, path) -> None:
+def draw_value_map(config: Config, env: Env, far: Env | None, state: TrainState, path) -> None:
     """Value maps for three goals, far ones where the maze has them, spread over the list of goals."""
     from matplotlib import pyplot
 
     goals = (far or env).maze.positions("G")
     goals = goals[np.unique(np.linspace(0, len(goals) - 1, 3).round().astype(int))]
     figure, axes = pyplot.subplots(1, len(goals), figsize=(4.2 * len(goals), 4), squeeze=False, layout="constrained")
-    for axis, goal in zip(axes[0], goals):
-        x, y, values = value_map(config, env, actor, critic, jnp.asarray(goal))
+    x, y, maps = value_map(config, env, state, jnp.asarray(goals))
+    for axis, goal, values in zip(axes[0], goals, maps):
         mazes.draw(env.maze, axis)
         image = axis.pcolormesh(x, y, values, shading="nearest", zorder=2)
         axis.plot(*goal, "rX", markersize=12, zorder=3)
@@ -618,18 +626,18 @@ def draw(config: Config, env: Env, far: Env | None, state: TrainState, log: run.
     curves = {f"{name}success_any": label for name, label in labels.items()}
     log.print(f"learning curve  {run.plot_curve(log.folder, curves, 'episodes that reach their goal')}")
 
-    actor, critic = jax.tree.map(lambda x: x[0], (state.actor, state.critic))
+    state = jax.tree.map(lambda x: x[0], state._replace(replay=None))
     log.progress.show("drawing the policy")
     reset_key, play_key = jax.random.split(jax.random.key(config.seed))
     start = jax.vmap((far or env).reset)(jax.random.split(reset_key, 8))
     sampled = jnp.arange(8) >= 4
-    states = jax.jit(lambda start: play(config, env, actor, start, sampled, play_key, lambda state: state))(start)
+    states = jax.jit(lambda start: play(config, env, state.actor, start, sampled, play_key, lambda s: s))(start)
     states = jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), states)  # (episodes, time, ...)
     log.print(f"policy          {env.render(states, str(log.folder / 'rollout'))}")
     if env.maze:
         draw_trajectories(env, states, np.asarray(sampled), log.folder / "trajectories.png")
         log.print(f"trajectories    {log.folder / 'trajectories.png'}")
-        draw_value_map(config, env, far, actor, critic, log.folder / "value_map.png")
+        draw_value_map(config, env, far, state, log.folder / "value_map.png")
         log.print(f"value map       {log.folder / 'value_map.png'}")
 
 

@@ -185,6 +185,7 @@ class Progress:
                 sys.stderr.write("\r\033[K")
                 sys.stderr.flush()
             print(text, flush=True)
+            self._text = ""  # what was going on is done
 
     def close(self) -> None:
         self._closed.set()
@@ -422,12 +423,7 @@ def plot_curve(folder, curves: dict[str, str], ylabel: str) -> Path:
     metrics = read_metrics(folder)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, label in curves.items():
-        seen = ~np.isnan(metrics[name])
-        steps = np.unique(metrics["env_steps"][seen])
-        by_step = [metrics[name][seen & (metrics["env_steps"] == s)] for s in steps]
-        (line,) = axes.plot(steps, [v.mean() for v in by_step], label=label)
-        low, high = [v.min() for v in by_step], [v.max() for v in by_step]
-        axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color())
+        plot_seeds(axes, metrics["env_steps"], metrics[name], label)
     axes.set(xlabel="environment steps", ylabel=ylabel, ylim=(-0.02, None))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -435,6 +431,14 @@ def plot_curve(folder, curves: dict[str, str], ylabel: str) -> Path:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def plot_seeds(axes, steps: np.ndarray, values: np.ndarray, label: str) -> None:
+    """A line through the means over seeds of values (rows,) at equal steps (rows,), in their range; NaN is left out."""
+    at = np.unique(steps[~np.isnan(values)])
+    seeds = [values[(steps == step) & ~np.isnan(values)] for step in at]
+    (line,) = axes.plot(at, [v.mean() for v in seeds], label=label)
+    axes.fill_between(at, [v.min() for v in seeds], [v.max() for v in seeds], alpha=0.2, color=line.get_color())
 
 
 def device_name() -> str:

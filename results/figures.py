@@ -1,0 +1,77 @@
+"""Published learning curves: python results/figures.py redraws every figure from the CSV files beside it.
+
+    python results/figures.py                        draw
+    python results/figures.py publish RUN NAME       take a run's evaluations into NAME.csv, with how they were made
+
+A CSV's first line is a comment with the command, commit, versions and device of its run.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from shared import run
+
+HERE = Path(__file__).parent
+FIGURES = {
+    "goals": {
+        "goals drawn anew at each reset (default)": "point_u_maze",
+        "fixed goals (published behaviour)": "point_u_maze_fixed_goals",
+        "published relabelling": "point_u_maze_published_relabelling",
+    },
+}
+"""Name of a figure -> label -> the CSV of a curve."""
+PANELS = {"eval/success_any": "uniform goals, mean action", "eval/far/sampled/success_any": "far goals, sampled action"}
+
+
+def publish(folder: str, name: str) -> None:
+    """Writes the evaluations in a run folder's metrics.csv to results/NAME.csv."""
+    facts = json.loads((Path(folder) / "config.json").read_text())
+    kept = {key: facts[key] for key in ("command", "commit", "versions", "device")}
+    kept["command"] = " ".join(word for word in kept["command"].split() if not word.startswith("--run_dir"))
+    kept["command"] = kept["command"].replace(sys.argv[0], "").strip()
+    with (Path(folder) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["eval/success_any"]]
+    columns = [name for name in rows[0] if not name.startswith("train/")]
+    with (HERE / f"{name}.csv").open("w", newline="") as file:
+        file.write(f"# {json.dumps(kept)}\n")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(name: str) -> dict[str, np.ndarray]:
+    """The columns of results/NAME.csv as numbers."""
+    with (HERE / f"{name}.csv").open() as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    return {column: np.array([float(row[column]) for row in rows]) for column in rows[0]}
+
+
+def draw(name: str) -> None:
+    """One panel a metric; a line is the mean over seeds and its band reaches from the lowest to the highest."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 3.6), layout="constrained", sharey=True)
+    for axis, (metric, title) in zip(axes, PANELS.items()):
+        for label, file in FIGURES[name].items():
+            curve = read(file)
+            run.plot_seeds(axis, curve["env_steps"], curve[metric], label)
+        axis.set(title=title, xlabel="environment steps", ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("episodes that reach their goal")
+    axes[0].legend(fontsize=8)
+    figure.savefig(HERE / f"{name}.png", dpi=100, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["publish"]:
+        publish(*sys.argv[2:])
+    else:
+        for figure_name in FIGURES:
+            draw(figure_name)
