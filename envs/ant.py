@@ -10,16 +10,13 @@ leaves every observation as it was (tests/test_ant.py has the published code's n
 
 import math
 import xml.etree.ElementTree as ET
-from importlib import resources
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from brax.io import mjcf
-from brax.spring import pipeline
 from jaxtyping import Array, Float, Key
 
-from envs import mazes, viewer
+from envs import mazes, spring, viewer
 from envs.base import Env, State
 
 CELL_SIZE = 4.0
@@ -47,7 +44,7 @@ class Ant(Env):
         self.name = f"ant_{layout}" if layout else "ant"
         self.maze = mazes.load(layout, CELL_SIZE) if layout else None
         walls = self.maze.wall_boxes(merged_walls) if layout else ()
-        self.system = mjcf.loads(_model(walls)).tree_replace({"opt.timestep": TIMESTEP})
+        self.system = spring.load(_model(walls), TIMESTEP)
 
     def reset(self, key: Key[Array, ""]) -> State:
         start_key, q_key, qd_key, goal_key = jax.random.split(key, 4)
@@ -60,7 +57,7 @@ class Ant(Env):
 
     def state_at(self, q: Float[Array, "15"], qd: Float[Array, "14"], goal: Float[Array, "2"]) -> State:
         """The state with these joint positions and velocities."""
-        return self._state(pipeline.init(self.system, q, qd), goal, jnp.zeros(()))
+        return self._state(spring.pipeline.init(self.system, q, qd), goal, jnp.zeros(()))
 
     def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
         if self.maze:
@@ -70,7 +67,7 @@ class Ant(Env):
 
     def step(self, state: State, action: Float[Array, "8"]) -> State:
         def substep(physics, _):
-            return pipeline.step(self.system, physics, action), None
+            return spring.pipeline.step(self.system, physics, action), None
 
         physics, _ = jax.lax.scan(substep, state.physics, None, length=SUBSTEPS)
         reached = jnp.linalg.norm(physics.q[:2] - state.goal) < self.success_radius
@@ -98,7 +95,7 @@ class Ant(Env):
 
 def _model(walls) -> str:
     """brax's ant.xml, with walls (`Maze.wall_boxes`) that the torso, hips and feet collide with."""
-    root = ET.fromstring((resources.files("brax") / "envs/assets/ant.xml").read_text())
+    root = ET.fromstring(spring.asset("ant.xml"))
     world = root.find("worldbody")
     if len(walls):
         for geom in world.iter("geom"):

@@ -1,8 +1,9 @@
 """How depth costs, and what the design saves: `make bench`. About 12 minutes on 2 cores.
 
-Writes results/bench_depth.csv (a gradient step of crl.py at several depths, each in a process of its own, so that its
-peak memory is its own) and results/bench_ratios.csv (each design against the naive one, interleaved in one process).
-Times are medians; compile time is tracing, lowering and compiling.
+Writes bench_depth_DEVICE.csv (a gradient step of crl.py at several depths, each in a process of its own, so that
+its peak memory is its own), bench_envs_DEVICE.csv (data collection), bench_ratios_DEVICE.csv (each design against the
+naive one, interleaved in one process). DEVICE is cpu or gpu. Times are medians; compile time is tracing, lowering and
+compiling.
 """
 
 import csv
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import envs
 from algorithms import crl
 from envs.base import Env
 from shared import networks, run
@@ -28,7 +30,11 @@ from shared import replay as buffer
 
 HERE = Path(__file__).parent
 DEPTHS = (4, 16, 64, 256, 1024)
-BATCH, WIDTH = 256, 256
+ON_GPU = jax.default_backend() == "gpu"
+BATCH, WIDTH = 512 if ON_GPU else 256, 256
+NUM_ENVS = 512 if ON_GPU else 64
+FACTS = f"{run.device_name()}, {run.commit()}, equinox {eqx.__version__}, Python {platform.python_version()}; "
+FACTS += f"batch {BATCH}, width {WIDTH}, humanoid sizes"
 
 
 class Humanoid(Env):
@@ -83,8 +89,31 @@ def one_depth(depth: int, steps: int) -> dict:
         "compile_s": round(compile_seconds, 2),
         "step_ms": round(1e3 * float(np.median(times[1:])), 1),
         "temporary_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6),
-        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3),
+        "peak_mb": round(peak_memory() / 1e6),
     }
+
+
+def peak_memory() -> int:
+    """Bytes: the most this process held, on the GPU where there is one."""
+    if ON_GPU:
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def collection(name: str, steps: int) -> dict:
+    """Compile seconds and environment steps per second of crl.py's data collection with depth-4 networks."""
+    config = crl.Config(env=name, num_envs=NUM_ENVS, unroll_length=steps, max_replay_size=1000, min_replay_size=steps)
+    env = envs.make(name)
+    state = jax.jit(partial(crl.init, config, env))(jax.random.key(0))
+    start = time.perf_counter()
+    compiled = jax.jit(partial(crl.collect, config, env), donate_argnums=0).lower(state).compile()
+    compile_seconds = time.perf_counter() - start
+    times = []
+    for _ in range(6):
+        seconds, state = timed(compiled, state)
+        times.append(seconds)
+    rate = NUM_ENVS * steps / float(np.median(times[1:]))
+    return {"env": name, "num_envs": NUM_ENVS, "compile_s": round(compile_seconds, 2), "env_steps_per_s": round(rate)}
 
 
 def ratio(name, ours, naive, rounds=7):
@@ -201,7 +230,8 @@ def relabel_ratio(rows=2000, num_envs=32, size=30, window=1000, batch=256, batch
 
 
 def write(name, rows):
-    with (HERE / name).open("w", newline="") as file:
+    with (HERE / f"{name}_{jax.default_backend()}.csv").open("w", newline="") as file:
+        file.write(f"# python results/bench_crl.py; {FACTS}\n")
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -215,8 +245,7 @@ def main():
     if len(sys.argv) > 1:  # the child process of one depth
         print(json.dumps(one_depth(int(sys.argv[1]), int(sys.argv[2]))))
         return
-    facts = f"{run.device_name()}, equinox {eqx.__version__}, Python {platform.python_version()}"
-    print(f"{facts}; batch {BATCH}, width {WIDTH}, humanoid sizes\n", flush=True)
+    print(FACTS, flush=True)
     rows = []
     for depth in DEPTHS:
         steps = 20 if depth <= 64 else 5 if depth == 256 else 3
@@ -224,9 +253,10 @@ def main():
         done = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
-    write("bench_depth.csv", rows)
+    write("bench_depth", rows)
+    write("bench_envs", [collection(name, 20) for name in ("point_u_maze", "ant", "ant_u_maze", "ant_u4_maze")])
     write(
-        "bench_ratios.csv",
+        "bench_ratios",
         [
             compile_ratio(16),
             compile_ratio(64),

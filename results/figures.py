@@ -8,6 +8,7 @@ A CSV's first line is a comment with the command, commit, versions and device of
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -32,8 +33,7 @@ def publish(folder: str, name: str) -> None:
     """Writes the evaluations in a run folder's metrics.csv to results/NAME.csv."""
     facts = json.loads((Path(folder) / "config.json").read_text())
     kept = {key: facts[key] for key in ("command", "commit", "versions", "device")}
-    kept["command"] = " ".join(word for word in kept["command"].split() if not word.startswith("--run_dir"))
-    kept["command"] = kept["command"].replace(sys.argv[0], "").strip()
+    kept["command"] = re.sub(r" --run_dir[= ]\S+", "", kept["command"])  # a path of one machine
     with (Path(folder) / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["eval/success_any"]]
     columns = [name for name in rows[0] if not name.startswith("train/")]

@@ -447,6 +447,21 @@ def device_name() -> str:
     return f"{device.device_kind}{cores}, jax {jax.__version__}"
 
 
+def commit() -> str:
+    """The commit of this checkout, with '+changes' if tracked files differ from it; 'unknown' outside of git."""
+
+    def git(*arguments):
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 # ---- helpers ------------------------------------------------------------------------------------------------------
 
 
@@ -461,19 +476,10 @@ def _facts(config):
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    def git(*arguments):
-        here = Path(__file__).parent
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked=no") else "")
-    except OSError:
-        commit = ""
     return {
         "config": {**dataclasses.asdict(config), "resume": ""},
-        "command": shlex.join([_program(), *sys.argv[1:]]),
-        "commit": commit or "unknown",
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit(),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "device": device_name(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
