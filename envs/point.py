@@ -1,6 +1,6 @@
 """A point robot in any maze, in pure JAX: the CRL story on a laptop, and tests with a known answer.
 
-The robot is a disc of radius 0.2 in corridors one unit wide. An action is its velocity, at most 0.15 units a step along
+The robot is a disc of radius 0.2 in corridors one unit wide. An action is its velocity, at most 0.3 units a step along
 each axis; walls push it out along their normal, so it slides along them. Observation: x, y. Goal: x, y.
 """
 
@@ -13,7 +13,9 @@ from envs import mazes
 from envs.base import Env, State
 
 ROBOT_RADIUS = 0.2
-SPEED = 0.15
+SPEED = 0.3
+SUBSTEPS = 4
+"""In each the robot moves less than its radius, also diagonally: its centre cannot get inside a corner."""
 JITTER = 0.25
 """Starts and goals are uniform in a square of this half side around the centre of their cell."""
 
@@ -40,9 +42,8 @@ class PointMaze(Env):
 
     def step(self, state: State, action: Float[Array, "2"]) -> State:
         position = state.physics
-        # two halves: a whole diagonal step is longer than the radius, and could put the centre inside a corner
-        for _ in range(2):
-            position = position + SPEED / 2 * jnp.clip(action, -1, 1)
+        for _ in range(SUBSTEPS):
+            position = position + SPEED / SUBSTEPS * jnp.clip(action, -1, 1)
             # the deepest wall first; twice, for a corner between two walls
             for _ in range(2):
                 position = _push_out(position, jnp.asarray(self._walls))
