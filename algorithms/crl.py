@@ -3,17 +3,18 @@
 Wang et al., '1000 Layer Networks for Self-Supervised RL' (2025, arXiv 2503.14858), on the tasks of JaxGCRL.
 
 There is no reward. A critic f(s, a, g) = -|phi(s, a) - psi(g)| is trained as a classifier: among the goals of a batch,
-which one did the trajectory through (s, a) reach later (InfoNCE)? At its optimum f is the log-density of reaching g,
-discounted, up to a constant that does not depend on the action. The actor maximises f for the goals that were reached,
-with an entropy bonus, and so learns to reach goals. Residual blocks with LayerNorm make both trainable at depth 1024.
+which one did the trajectory through (s, a) reach later (InfoNCE)? At its optimum f is log p(g | s, a) - log p(g) +
+c(s, a), where p(g | s, a) is the discounted probability of reaching g and a penalty keeps c nearly constant. The actor
+maximises f for the goals that were reached, with an entropy bonus, and so learns to reach goals. Residual blocks with
+LayerNorm make both trainable at depth 1024.
 
-    python algorithms/crl.py                                  a point robot finds its way out of a U (about 1 minute)
+    python algorithms/crl.py                                  a point robot finds its way out of a U (2 minutes)
     python algorithms/crl.py --depth 64                       the same with 64-layer networks
-    python algorithms/crl.py --env ant_u4_maze --depth 64     the paper's setting (for a GPU)
+    python algorithms/crl.py --env ant_u4_maze --depth 64     the paper's networks and budget (for a GPU)
     python algorithms/crl.py --resume runs/crl/...            go on with a run
 
 The default environment has a recipe (RECIPES below): settings that learn it on two CPU cores. Everything else has the
-paper's settings. Results, metrics and details: algorithms/crl.md.
+paper's hyperparameters. Results, metrics and details: algorithms/crl.md.
 """
 
 import dataclasses
@@ -112,7 +113,8 @@ class Config:
     loss: Literal["fwd_infonce", "bwd_infonce", "sym_infonce", "binary_nce"] = "fwd_infonce"
     """Classify the goal given state and action, the reverse, both, or each pair as true or false."""
     logsumexp_penalty: float = 0.1
-    """Weight of the squared log-sum-exp of each row of logits, which keeps them from drifting."""
+    """Weight of the squared log-sum-exp of each row of logits, whatever the loss. Without it, forward InfoNCE leaves
+    each state and action a free constant, so that actions cannot be compared."""
     random_goals: float = 0.0
     """Share of the actor's batch whose goals are those of other rows, in [0, 1] (paper: 0)."""
     entropy_tuning: bool = True
@@ -134,7 +136,8 @@ class Config:
     checkpoint_every: int = 10_000_000
     """Environment steps between checkpoints; the beginning and the end always have one."""
     checkpoint_replay: bool = True
-    """Save the replay too. Without, checkpoints are small, and a resumed run first refills it with its policy."""
+    """Save the replay too. Without, checkpoints are small, and a resumed run first refills it with its policy, in
+    min_replay_size steps of each environment that count towards no budget."""
     remat: Literal["dots", "full", "none"] = "dots"
     """What the backward pass recomputes: all but the matrix products, all, or nothing. Trades memory for time."""
     scan_unroll: int = 1
@@ -301,9 +304,9 @@ def unit(x: Float[Array, "batch representation"]) -> Float[Array, "batch represe
 def contrastive_loss(logits: Float[Array, "batch batch"], kind: str) -> Float[Array, ""]:
     """The classification loss; the diagonal holds the true pairs.
 
-    fwd_infonce, Eq. 1 of the paper: mean_i [-l_ii + log sum_j exp l_ij]; bwd_infonce sums over state-actions instead of
-    goals; sym_infonce adds the two. binary_nce (Eysenbach et al. 2022, Eq. 3): true and false pairs told apart by a
-    sigmoid, the mean over each kind.
+    fwd_infonce, the paper's: mean_i [-l_ii + log sum_j exp l_ij]; bwd_infonce sums over state-actions instead of
+    goals; sym_infonce adds the two. binary_nce, that of Contrastive RL (Eysenbach et al. 2022): true and false pairs
+    told apart by a sigmoid, the mean over each kind.
     """
     positive = jnp.diag(logits)
     if kind == "binary_nce":
@@ -324,7 +327,7 @@ class Batch(NamedTuple):
 
 
 def critic_loss(critic: Critic, batch: Batch, config: Config) -> tuple[Float[Array, ""], dict]:
-    """Contrastive loss and log-sum-exp penalty (appendix A)."""
+    """Contrastive loss, plus the mean squared log-sum-exp of the rows of logits."""
     phi = critic.encode_state_action(batch.observation, batch.action)
     psi = critic.encode_goal(batch.goal)
     logits = pairwise_energy(phi, psi, config.energy)
@@ -403,7 +406,7 @@ def empty_replay(config: Config, env: Env) -> buffer.Replay:
 
 def init(config: Config, env: Env, key: Key[Array, ""]) -> TrainState:
     """The state of one seed before its first step."""
-    network_key, env_key, key = jax.random.split(key, 3)
+    network_key, env_key, key, _ = jax.random.split(key, 4)  # the fourth is evaluation_key's
     actor, critic = make_networks(config, env, network_key)
     log_alpha = jnp.zeros(())
     return TrainState(
@@ -503,11 +506,6 @@ def learn(config: Config, env: Env, state: TrainState) -> tuple[TrainState, dict
     return jax.lax.scan(partial(update, config, env), state._replace(key=key), keys)
 
 
-def train_chunk(config: Config, env: Env, state: TrainState) -> tuple[TrainState, dict]:
-    """One chunk of training: new experience, then gradient steps on all of it."""
-    return learn(config, env, collect(config, env, state))
-
-
 # ---- evaluation ---------------------------------------------------------------------------------------------------
 
 
@@ -517,10 +515,18 @@ def play(config: Config, env: Env, actor: ResidualMLP, start: State, sampled: Bo
     def step(state, key):
         distribution = policy(actor, state.observation, state.goal)
         action = jnp.where(sampled[:, None], distribution.sample_and_log_prob(key)[0], distribution.mode())
-        state = jax.vmap(env.step)(state, action)
+        after = jax.vmap(env.step)(state, action)
+        # a robot that fell stays as it was
+        stay = lambda old, new: jnp.where(state.terminated.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+        state = jax.tree.map(stay, state, after)
         return state, record(state)
 
     return jax.lax.scan(step, start, jax.random.split(key, config.episode_length))[1]
+
+
+def evaluation_key(seed: Int[Array, ""]) -> Key[Array, ""]:
+    """Evaluations draw from a key of their own, so that evaluating more or less often changes nothing else."""
+    return jax.random.split(jax.random.key(seed), 4)[3]
 
 
 def evaluate(config: Config, env: Env, far: Env | None, actor: ResidualMLP, key: Key[Array, ""]) -> dict:
@@ -628,7 +634,7 @@ def draw(config: Config, env: Env, far: Env | None, state: TrainState, log: run.
 
     state = jax.tree.map(lambda x: x[0], state._replace(replay=None))
     log.progress.show("drawing the policy")
-    reset_key, play_key = jax.random.split(jax.random.key(config.seed))
+    reset_key, play_key = jax.random.split(evaluation_key(jnp.array(config.seed)))
     start = jax.vmap((far or env).reset)(jax.random.split(reset_key, 8))
     sampled = jnp.arange(8) >= 4
     states = jax.jit(lambda start: play(config, env, state.actor, start, sampled, play_key, lambda s: s))(start)
@@ -652,9 +658,9 @@ def make_envs(config: Config) -> tuple[Env, Env | None]:
         far = envs.make(far_name) if config.eval_env or far_name in envs.names() else None
     except ValueError as error:
         raise run.UserError(str(error)) from None
-    walls = [e.maze and e.maze.is_wall.tolist() for e in (env, far) if e]
-    if far and walls[0] != walls[1]:
-        raise run.UserError(f"eval_env {far_name} has other walls than {config.env}; take a layout of the same maze")
+    places = [(type(e), e.maze and e.maze.is_wall.tolist()) for e in (env, far) if e]
+    if far and places[0] != places[1]:
+        raise run.UserError(f"eval_env {far_name} has another robot or other walls than {config.env}")
     return env, far
 
 
@@ -682,16 +688,26 @@ def due(config: Config, every: int, before: dict[str, int], after: dict[str, int
     return done or after["env_steps"] // every > before["env_steps"] // every
 
 
-def check_finite(config: Config, before: int, metrics: dict[str, np.ndarray]) -> None:
-    """UserError if a loss of a chunk, of shape (num_seeds, updates), is NaN or infinite."""
-    for name in ("train/critic_loss", "train/actor_loss"):
-        bad = np.argwhere(~np.isfinite(metrics[name]).T)
-        if len(bad):
-            step, seed = bad[0]
-            raise run.UserError(
-                f"{name} is {metrics[name][seed, step]} at gradient step {before + step + 1} of seed "
-                f"{config.seed + seed}; training stopped, the last good checkpoint is kept. Try lower learning rates"
-            )
+def check_finite(config: Config, before: int, metrics: dict[str, np.ndarray], state: TrainState) -> None:
+    """UserError if a loss of a chunk, of shape (num_seeds, updates), or a parameter after it is NaN or infinite."""
+    names = ("train/critic_loss", "train/actor_loss")
+    bad = np.argwhere(~np.isfinite([metrics[name] for name in names]).transpose(2, 1, 0))  # by step, seed, name
+    what = ""
+    if len(bad):
+        step, seed, name = bad[0]
+        value = metrics[names[name]][seed, step]
+        what = f"{names[name]} is {value} at gradient step {before + step + 1} of seed {config.seed + seed}"
+    elif not all_finite((state.actor, state.critic, state.log_alpha)):
+        what = f"a parameter is not finite after gradient step {before + metrics[names[0]].shape[1]}"
+    if what:
+        raise run.UserError(
+            f"{what}; training stopped, the last good checkpoint is kept. Try lower learning rates anew"
+        )
+
+
+@jax.jit
+def all_finite(tree) -> Bool[Array, ""]:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 @run.command
@@ -723,7 +739,8 @@ def describe(config: Config, state: TrainState, log: run.Run) -> None:
 def train(config: Config, env: Env, far: Env | None, log: run.Run) -> None:
     """The run: set up or resume, then chunks with evaluations and checkpoints between them, then the figures."""
 
-    seeds = jax.vmap(jax.random.key)(jnp.arange(config.seed, config.seed + config.num_seeds))
+    seed_numbers = config.seed + jnp.arange(config.num_seeds)
+    seeds = jax.vmap(jax.random.key)(seed_numbers)
     shapes = jax.eval_shape(jax.vmap(partial(init, config, env)), seeds)
     describe(config, shapes, log)
     batched = partial(over_seeds, config)
@@ -736,18 +753,23 @@ def train(config: Config, env: Env, far: Env | None, log: run.Run) -> None:
     def stored(state):
         return state if config.checkpoint_replay else state._replace(replay=None)
 
-    state, steps = log.restore(stored(shapes)) if log.resumed else (None, None)
-    if state is None:
-        state = jax.jit(jax.vmap(partial(init, config, env)))(seeds)
-    if state.replay is None:
-        log.print("the checkpoint has no replay: refilling it with the current policy")
-        state = state._replace(replay=jax.vmap(lambda _: empty_replay(config, env))(seeds))
-    if not steps or not config.checkpoint_replay:
+    def fill(state):
         log.progress.show("filling the replay")
         for _ in range(prefill_chunks(config)):
-            state = collect_chunk(state)
+            state = state if log.stopping else collect_chunk(state)
+        return state
+
+    state, steps = log.restore(stored(shapes)) if log.resumed else (None, None)
+    if state is None:
+        state = fill(jax.jit(jax.vmap(partial(init, config, env)))(seeds))
         steps = count(config, state)
-        log.save(stored(state), steps)
+        if not log.stopping:
+            log.save(stored(state), steps)
+    elif not config.checkpoint_replay:
+        log.print("the checkpoint has no replay: refilling it with the current policy")
+        unrolled = jnp.copy(state.unrolled)
+        empty = jax.vmap(lambda _: empty_replay(config, env))(seeds)
+        state = fill(state._replace(replay=empty))._replace(unrolled=unrolled)
 
     success = None
     log.start_clock(steps["env_steps"])
@@ -756,11 +778,12 @@ def train(config: Config, env: Env, far: Env | None, log: run.Run) -> None:
         state, info = learn_chunk(collect_chunk(state))
         info = jax.tree.map(np.asarray, info)
         steps = count(config, state)
-        check_finite(config, before["gradient_steps"], info)
+        check_finite(config, before["gradient_steps"], info, state)
         metrics = {name: values.mean(axis=1) for name, values in info.items()}
         if due(config, config.eval_every, before, steps):
-            # keys of its own, so that evaluating more or less often changes nothing else
-            keys = jax.vmap(jax.random.fold_in, (0, None))(seeds, 1 + steps["gradient_steps"])
+            keys = jax.vmap(lambda seed, step: jax.random.fold_in(evaluation_key(seed), step), (0, None))(
+                seed_numbers, steps["gradient_steps"]
+            )
             metrics |= jax.tree.map(np.asarray, score(state.actor, keys))
             success = float(metrics["eval/success_any"].mean())
             log.print(summary(steps, metrics))
@@ -770,8 +793,9 @@ def train(config: Config, env: Env, far: Env | None, log: run.Run) -> None:
             log.save(stored(state), steps)
 
     if log.stopping:
-        log.save(stored(state), steps)
-        log.stopped(f"saved at env step {steps['env_steps']:,}")
+        if steps["gradient_steps"]:
+            log.save(stored(state), steps)
+        log.stopped(f"at env step {steps['env_steps']:,}")
     draw(config, env, far, state, log)
     log.print(str(log.folder))
 

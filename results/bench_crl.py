@@ -17,6 +17,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes of one GPU share its memory
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp

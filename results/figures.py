@@ -1,9 +1,9 @@
 """Published learning curves: python results/figures.py redraws every figure from the CSV files beside it.
 
     python results/figures.py                        draw
-    python results/figures.py publish RUN NAME       take a run's evaluations into NAME.csv, with how they were made
+    python results/figures.py publish NAME RUN...    take the evaluations of runs into NAME.csv, with how they were made
 
-A CSV's first line is a comment with the command, commit, versions and device of its run.
+A CSV begins with a comment for each run: its command, commit, versions and device.
 """
 
 import csv
@@ -29,16 +29,18 @@ FIGURES = {
 PANELS = {"eval/success_any": "uniform goals, mean action", "eval/far/sampled/success_any": "far goals, sampled action"}
 
 
-def publish(folder: str, name: str) -> None:
-    """Writes the evaluations in a run folder's metrics.csv to results/NAME.csv."""
-    facts = json.loads((Path(folder) / "config.json").read_text())
-    kept = {key: facts[key] for key in ("command", "commit", "versions", "device")}
-    kept["command"] = re.sub(r" --run_dir[= ]\S+", "", kept["command"])  # a path of one machine
-    with (Path(folder) / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["eval/success_any"]]
-    columns = [name for name in rows[0] if not name.startswith("train/")]
+def publish(name: str, *folders: str) -> None:
+    """Writes the evaluations in the metrics.csv of run folders to results/NAME.csv, one after another."""
+    facts, rows = [], []
+    for folder in folders:
+        made = json.loads((Path(folder) / "config.json").read_text())
+        made["command"] = re.sub(r" --run_dir[= ]\S+", "", made["command"])  # a path of one machine
+        facts.append({key: made[key] for key in ("command", "commit", "versions", "device")})
+        with (Path(folder) / "metrics.csv").open() as file:
+            rows += [row for row in csv.DictReader(file) if row["eval/success_any"]]
+    columns = [column for column in rows[0] if not column.startswith("train/")]
     with (HERE / f"{name}.csv").open("w", newline="") as file:
-        file.write(f"# {json.dumps(kept)}\n")
+        file.writelines(f"# {json.dumps(fact)}\n" for fact in facts)
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -15,6 +15,6 @@ curve)
     if [ -n "${3:-}" ]; then set -- "$1" "$2" --resume "$3"; else set -- "$1" "$2" --run_dir "$2/ant_u_maze"; fi
     # SIGTERM finishes the chunk and saves; without the replay a checkpoint is a few MB
     timeout --signal TERM 540 python3 algorithms/crl.py --env ant_u_maze --depth 16 --checkpoint_replay=false "${@:3}" ||
-        [ $? -eq 143 ] || [ $? -eq 124 ]
+        { code=$?; [ $code -eq 124 ] || [ $code -eq 143 ]; }
     ;;
 esac

@@ -4,6 +4,7 @@ The buffer belongs in a donated carry: rows are then written in place. It is nev
 only the rows it returns.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -80,7 +81,7 @@ def truncated_geometric(
     F(k) = (1 - discount^k) / (1 - discount^steps), hence k = 1 + floor(log(1 - u (1 - discount^steps)) / log discount).
     Where steps is 0, k is 0.
     """
-    log_discount = jnp.log(discount)
+    log_discount = math.log(discount)
     mass = -jnp.expm1(steps * log_discount)
     k = 1 + jnp.floor(jnp.log1p(-uniform * mass) / log_discount).astype(jnp.int32)
     return jnp.minimum(k, steps)
@@ -98,7 +99,7 @@ def sample_future(replay: Replay, key: Key[Array, ""], batch_size: int, discount
     """Draws rows t uniformly and independently, and for each a row t + k - 1 with P(k) proportional to discount^k.
 
     k runs from 1 to the end of the episode (or of what is known of it), so the state that followed row t + k - 1 is the
-    one k steps after row t, the episode's terminal state included: the discounted future state of Eq. 1 of the paper,
+    one k steps after row t, the episode's terminal state included: the discounted future state,
     given that the episode ends where it does. Any row qualifies, also an episode's last.
 
     Args:

@@ -51,6 +51,9 @@ def command(main):
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("error: interrupted", file=sys.stderr)
+            sys.exit(130)
 
     return wrapped
 
@@ -148,7 +151,7 @@ def _saved_config(folder, fields):
     path = Path(folder) / "config.json"
     try:
         saved = json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder} is not a run folder: it has no readable config.json") from None
     if set(saved) != set(fields):
         odd = ", ".join(sorted(set(saved) ^ set(fields)))
@@ -234,19 +237,22 @@ class Run:
         self.config, self.resumed, self.stopping, self.compile_seconds = config, bool(config.resume), None, 0.0
         name = f"{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(config.resume or config.run_dir or Path("runs", algorithm, config.env, name))
-        if not self.resumed and (self.folder / "config.json").exists():
-            raise UserError(f"{self.folder} already holds a run; go on with --resume {self.folder}, or name another")
+        config_file = self.folder / "config.json"
         try:
+            if not self.resumed and config_file.exists():
+                raise UserError(
+                    f"{self.folder} already holds a run; go on with --resume {self.folder}, or name another"
+                )
             (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self._sinks = list(_sinks(config, self.folder))
             if self.resumed:
                 os.utime(self.folder / "checkpoints")
             else:
-                _write_atomically(self.folder / "config.json", json.dumps(_facts(config), indent=2).encode())
+                _write_atomically(config_file, json.dumps(_facts(config), indent=2).encode())
         except OSError as error:
             raise UserError(f"cannot write run folder {self.folder}: {error.strerror}; choose a --run_dir") from None
         self._earlier_seconds, self._started = 0.0, time.monotonic()
-        self._last_step = None
-        self._sinks = list(_sinks(config, self.folder))
+        self._first_step = self._last_step = (0, 0.0)
         self.progress = Progress()
 
     def __enter__(self):
@@ -264,6 +270,8 @@ class Run:
         if self.stopping:
             raise KeyboardInterrupt  # asked twice: at once; the last checkpoint stays
         self.stopping = signal.Signals(number)
+        # not through self.progress, whose lock the main thread may hold
+        os.write(2, b"\nstopping after this chunk; once more to stop at once\n")
 
     @property
     def seconds(self) -> float:
@@ -295,13 +303,12 @@ class Run:
           metrics: name -> array of shape (num_seeds,); what is missing of `columns` is left blank.
           columns: all metrics that this script ever logs.
         """
-        # a rate needs two points; the first chunk of a session has only itself
         now, before = (steps["env_steps"], self.seconds), self._last_step
-        rate = (now[0] - before[0]) / (now[1] - before[1]) if before else 0.0
+        rate = (now[0] - before[0]) / (now[1] - before[1])
         self._last_step = now
         head = {**steps, **dict(zip(TIMING_COLUMNS, (self.seconds, self.compile_seconds, rate)))}
         path = self.folder / "metrics.csv"
-        new = not path.exists()
+        new = not path.exists() or not path.stat().st_size
         with path.open("a", newline="") as file:
             writer = csv.DictWriter(file, ["seed", *head, *columns])
             if new:
@@ -315,10 +322,9 @@ class Run:
 
     def show(self, env_steps: int, success: float | None) -> None:
         """The progress line: how far, how fast, how long to go, how well."""
-        total, rate = self.config.total_env_steps, 0.0
-        if self._last_step and self._last_step[1] > self._first_step[1]:
-            rate = (self._last_step[0] - self._first_step[0]) / (self._last_step[1] - self._first_step[1])
-        left = _clock((total - env_steps) / rate) if rate else "--:--"
+        total = self.config.total_env_steps
+        rate = (self._last_step[0] - self._first_step[0]) / (self._last_step[1] - self._first_step[1])
+        left = _clock((total - env_steps) / rate)
         text = f"{_short(env_steps)} of {_short(total)} env steps  {rate:,.0f} steps/s  {left} left"
         self.progress.show(text + ("" if success is None else f"  success {success:.2f}"))
 
@@ -333,24 +339,22 @@ class Run:
 
         It is complete or absent: written under another name, flushed to the disk and renamed. The last two are kept.
         """
-        header = {
-            "sha256": "0" * 64,
-            "steps": steps,
-            "seconds": self.seconds,
-            "compile_seconds": self.compile_seconds,
-        }
+        header = {"steps": steps, "seconds": self.seconds, "compile_seconds": self.compile_seconds, "sha256": "0" * 64}
         path = self.folder / "checkpoints" / f"{steps['env_steps']:012d}.eqx"
         partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            file.write(json.dumps(header).encode() + b"\n")
-            hashing = _Hashing(file)
-            eqx.tree_serialise_leaves(hashing, jax.tree.map(_plain, state))
-            header["sha256"] = hashing.digest()
-            file.seek(0)
-            file.write(json.dumps(header).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                file.write(json.dumps(header).encode() + b"\n")
+                hashing = _Hashing(file, header)
+                eqx.tree_serialise_leaves(hashing, jax.tree.map(_plain, state))
+                file.seek(0)
+                file.write(json.dumps({**header, "sha256": hashing.digest()}).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(f"cannot write checkpoint {path}: {error}; make room and go on with --resume") from None
         for old in self._checkpoints()[CHECKPOINTS_KEPT:]:
             old.unlink()
 
@@ -361,20 +365,32 @@ class Run:
           like: PyTree of arrays or `jax.ShapeDtypeStruct` shaped like the saved one.
 
         Returns:
-          The state and its step counts, or (None, None) if there is no usable checkpoint.
+          The state and its step counts, or (None, None) if the run had not saved any yet.
+
+        Raises:
+          UserError: every checkpoint is damaged, or an intact one holds other arrays; nothing was changed then.
         """
-        for path in self._checkpoints():
-            try:
-                header, state = _load(path, like)
-            except (ValueError, KeyError, TypeError, OSError, EOFError, RuntimeError):
-                self.print(f"checkpoint {path} is damaged or of another version; falling back to the one before it")
+        paths = self._checkpoints()
+        for path in paths:
+            header = _intact_header(path)
+            if header is None:
+                self.print(f"checkpoint {path} is damaged; falling back to the one before it")
                 continue
-            self._earlier_seconds, self._started = header["seconds"], time.monotonic()
+            try:
+                state = _read_state(path, like)
+            except (RuntimeError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{path} does not fit this version of the script: {reason}") from None
+            for damaged in paths[: paths.index(path)]:
+                damaged.replace(damaged.with_suffix(".damaged"))
+            self._earlier_seconds = header["seconds"]
             self.compile_seconds += header["compile_seconds"]
             self._cut_metrics(header["steps"]["env_steps"])
             self.print(f"resumed from {path}")
             return state, header["steps"]
-        self.print(f"no usable checkpoint in {self.folder / 'checkpoints'}: starting from the beginning")
+        if paths:
+            raise UserError(f"no checkpoint in {self.folder / 'checkpoints'} is intact; start a new run")
+        self.print("the run had not saved a checkpoint yet: starting from the beginning")
         self._cut_metrics(-1)
         return None, None
 
@@ -383,9 +399,11 @@ class Run:
 
     def _cut_metrics(self, env_steps):
         path = self.folder / "metrics.csv"
-        if not path.exists():
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if not lines or not lines[0].endswith("\n"):  # killed while the header was written
+            path.unlink(missing_ok=True)
             return
-        header, *rows = path.read_text().splitlines(keepends=True)
+        header, *rows = lines
         column = header.rstrip().split(",").index("env_steps")
         whole = [row for row in rows if row.count(",") == header.count(",") and row.endswith("\n")]
         kept = [row for row in whole if int(row.split(",")[column]) <= env_steps]
@@ -393,10 +411,11 @@ class Run:
 
     # -- the end
 
-    def stopped(self, checkpoint: str) -> typing.NoReturn:
+    def stopped(self, where: str) -> typing.NoReturn:
         """Says how to go on after Ctrl-C or SIGTERM, and exits."""
         number = signal.Signals(self.stopping)
-        self.print(f"{number.name}: stopped; {checkpoint}. To go on: {_program()} --resume {self.folder}")
+        command = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
+        self.print(f"{number.name}: stopped {where}. To go on: {command}")
         self.print(str(self.folder))
         sys.exit(128 + number)
 
@@ -465,10 +484,6 @@ def commit() -> str:
 # ---- helpers ------------------------------------------------------------------------------------------------------
 
 
-def _program():
-    return f"python {sys.argv[0]}"
-
-
 def _facts(config):
     def version(package):
         try:
@@ -487,10 +502,10 @@ def _facts(config):
 
 
 class _Hashing:
-    """A file that hashes what is written to it."""
+    """A file that hashes what is written to it, on top of a checkpoint's header."""
 
-    def __init__(self, file):
-        self._file, self._hash = file, hashlib.sha256()
+    def __init__(self, file, header):
+        self._file, self._hash = file, _header_hash(header)
 
     def write(self, data):
         self._hash.update(data)
@@ -498,6 +513,10 @@ class _Hashing:
 
     def digest(self):
         return self._hash.hexdigest()
+
+
+def _header_hash(header):
+    return hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "sha256"}).encode())
 
 
 def _is_key(leaf):
@@ -509,16 +528,24 @@ def _plain(leaf):
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _load(path, like):
+def _intact_header(path):
+    """A checkpoint's header, or None if its checksum does not fit."""
     with path.open("rb") as file:
-        header = json.loads(file.readline())
-        start = file.tell()
-        if hashlib.file_digest(file, "sha256").hexdigest() != header["sha256"]:
-            raise ValueError("checksum differs")
-        file.seek(start)
+        try:
+            header = json.loads(file.readline())
+            checksum = _header_hash(header)
+            while block := file.read(1 << 20):
+                checksum.update(block)
+            return header if checksum.hexdigest() == header["sha256"] else None
+        except (ValueError, KeyError, AttributeError):
+            return None
+
+
+def _read_state(path, like):
+    with path.open("rb") as file:
+        file.readline()
         plain = eqx.tree_deserialise_leaves(file, jax.eval_shape(lambda tree: jax.tree.map(_plain, tree), like))
-    state = jax.tree.map(lambda raw, shape: jax.random.wrap_key_data(raw) if _is_key(shape) else raw, plain, like)
-    return header, state
+    return jax.tree.map(lambda raw, shape: jax.random.wrap_key_data(raw) if _is_key(shape) else raw, plain, like)
 
 
 def _write_atomically(path, data):
@@ -529,7 +556,7 @@ def _write_atomically(path, data):
 
 def _short(n):
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
+        if n >= 0.9995 * size:
             return f"{n / size:.3g}{unit}"
     return str(n)
 
@@ -557,7 +584,9 @@ class _Wandb:
     def __init__(self, config, folder):
         import wandb
 
-        self._run = wandb.init(project="cleancrl", dir=str(folder), config=dataclasses.asdict(config))
+        name = "-".join(Path(folder).absolute().parts[-3:])
+        settings = dataclasses.asdict(config)
+        self._run = wandb.init(project="cleancrl", dir=str(folder), config=settings, id=name, resume="allow")
 
     def write(self, step, metrics):
         self._run.log(metrics, step=step)

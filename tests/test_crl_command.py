@@ -52,7 +52,7 @@ def start_and_signal(number, folder, flags, cwd, rows):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """An uninterrupted run of 3 seeds, and where it lies."""
+    """An uninterrupted run of 2 seeds: its parent folder, its flags and what it printed."""
     folder = tmp_path_factory.mktemp("runs")
     flags = [*TINY, "--num_seeds=2", "--total_env_steps=40000"]
     done = run_to_end(*flags, f"--run_dir={folder / 'whole'}", cwd=folder)
@@ -123,15 +123,13 @@ def test_without_the_replay_in_its_checkpoint_a_run_refills_it_and_says_so(refer
     assert sizes[0] < sizes[1]
     done = run_to_end(f"--resume={small}", cwd=folder)
     assert "refilling it with the current policy" in done.stdout
-    assert int(metrics(small)[-1]["env_steps"]) >= 40000
+    assert [row["env_steps"] for row in metrics(small)] == [row["env_steps"] for row in metrics(folder / "whole")]
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     flags = [*TINY, "--total_env_steps=4000", "--critic_lr=1e38", f"--run_dir={tmp_path / 'r'}"]
     done = run_to_end(*flags, cwd=tmp_path, code=2)
-    assert re.search(
-        r"^error: train/\w+_loss is (nan|inf|-inf) at gradient step \d+ of seed 0", done.stderr, re.MULTILINE
-    )
+    assert re.search(r"^error: (train/\w+_loss is|a parameter is not) .* gradient step \d+", done.stderr, re.MULTILINE)
     assert list((tmp_path / "r" / "checkpoints").glob("*.eqx"))
 
 

@@ -113,7 +113,7 @@ def test_probe_every_loss_learns_to_walk_along_a_line(setting):
     env = Line()
     state = crl.init(config, env, jax.random.key(0))
     state = jax.jit(lambda s: crl.collect(config, env, crl.collect(config, env, s)))(state)
-    chunk = jax.jit(lambda s: crl.train_chunk(config, env, s)[0])
+    chunk = jax.jit(lambda s: crl.learn(config, env, crl.collect(config, env, s))[0])
     for _ in range(12):
         state = chunk(state)
     x = jnp.array([[-0.8], [0.0], [0.8], [0.8], [0.0], [-0.8]])

@@ -191,7 +191,7 @@ def test_many_seeds_at_once_equal_each_seed_alone(setting):
 
     def chunk(config, keys):
         state = jax.vmap(lambda key: crl.init(config, env, key))(keys)
-        return jax.jit(crl.over_seeds(config, lambda s: crl.train_chunk(config, env, s)))(state)
+        return jax.jit(crl.over_seeds(config, lambda s: crl.learn(config, env, crl.collect(config, env, s))))(state)
 
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
     both, info = chunk(together, keys)
@@ -201,9 +201,14 @@ def test_many_seeds_at_once_equal_each_seed_alone(setting):
     np.testing.assert_array_equal(both.replay.count[1:], alone.replay.count)
 
 
-def test_a_loss_that_is_not_finite_is_named_with_its_step_and_seed():
-    metrics = {name: np.ones((3, 5)) for name in ("train/critic_loss", "train/actor_loss")}
-    crl.check_finite(crl.Config(seed=4), 100, metrics)
+def test_what_is_not_finite_is_named_with_its_step_and_seed(setting):
+    state = setting[2]
+    config, metrics = crl.Config(seed=4), {name: np.ones((3, 5)) for name in ("train/critic_loss", "train/actor_loss")}
+    crl.check_finite(config, 100, metrics, state)
+    broken = state._replace(log_alpha=jnp.array(jnp.inf))
+    with pytest.raises(run.UserError, match="a parameter is not finite after gradient step 105"):
+        crl.check_finite(config, 100, metrics, broken)
+    metrics["train/critic_loss"][0, 4] = np.inf
     metrics["train/actor_loss"][1, 2] = np.nan
     with pytest.raises(run.UserError, match="train/actor_loss is nan at gradient step 103 of seed 5"):
-        crl.check_finite(crl.Config(seed=4), 100, metrics)
+        crl.check_finite(config, 100, metrics, broken)

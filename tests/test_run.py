@@ -164,15 +164,46 @@ def test_a_damaged_checkpoint_gives_one_line_and_the_one_before_it(folder, damag
     assert steps["env_steps"] == 20
     np.testing.assert_array_equal(state["x"], np.arange(5.0))
     assert len(re.findall("is damaged", capsys.readouterr().out)) == 1
+    with resumed(folder) as log:  # the damaged one is set aside, and does not push out good ones
+        for env_steps in (25, 30):
+            log.save(STATE, {"env_steps": env_steps, "gradient_steps": 5})
+    assert restore(folder)[1]["env_steps"] == 30
     assert run.read_metrics(folder)["env_steps"].tolist() == [20, 20], "rows after the checkpoint stay"
 
 
-def test_without_a_usable_checkpoint_the_run_starts_over(folder, capsys):
+def test_without_an_intact_checkpoint_nothing_is_changed(folder):
+    before = (folder / "metrics.csv").read_text()
     for path in (folder / "checkpoints").glob("*.eqx"):
         garbage(path)
+    with pytest.raises(run.UserError, match=r"no checkpoint in .* is intact"):
+        restore(folder)
+    assert (folder / "metrics.csv").read_text() == before and len(list((folder / "checkpoints").iterdir())) == 2
+
+
+def test_a_checkpoint_of_other_arrays_is_refused_and_kept(folder):
+    like = jax.eval_shape(lambda: {**STATE, "x": jnp.zeros(6)})
+    with resumed(folder) as log, pytest.raises(run.UserError, match="does not fit this version of the script") as error:
+        log.restore(like)
+    assert "\n" not in str(error.value)
+    assert restore(folder)[1]["env_steps"] == 40
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(folder, capsys):
+    for path in (folder / "checkpoints").glob("*.eqx"):
+        path.unlink()
     assert restore(folder) == (None, None)
     assert "starting from the beginning" in capsys.readouterr().out
     assert (folder / "metrics.csv").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["", "seed,env_st"])
+def test_a_header_cut_short_by_a_kill_is_written_anew(folder, text):
+    (folder / "metrics.csv").write_text(text)
+    with resumed(folder) as log:
+        log.restore(jax.eval_shape(lambda: STATE))
+        log.start_clock(40)
+        log.log({"env_steps": 60, "gradient_steps": 12}, {"train/loss": np.ones(2)}, ["train/loss"])
+    assert run.read_metrics(folder)["env_steps"].tolist() == [60, 60]
 
 
 def test_a_row_cut_short_by_a_kill_is_dropped(folder):
@@ -190,10 +221,11 @@ def test_a_checkpoint_is_complete_or_absent(folder, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(run.eqx, "tree_serialise_leaves", dies)
-    with resumed(folder) as log, pytest.raises(OSError, match="disk full"):
+    with resumed(folder) as log, pytest.raises(run.UserError, match=r"cannot write checkpoint .*disk full"):
         log.save(STATE, {"env_steps": 60, "gradient_steps": 12})
     monkeypatch.undo()
     assert restore(folder)[1]["env_steps"] == 40
+    assert not list((folder / "checkpoints").glob("*.partial"))
 
 
 def test_two_checkpoints_are_kept(folder):
@@ -218,6 +250,7 @@ def test_a_missing_logger_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(run.sys.modules, "wandb", None)
     with pytest.raises(run.UserError, match=r"--wandb needs packages that are missing: pip install"):
         run.Run(Config(run_dir=str(tmp_path / "w"), wandb=True), "test")
+    run.Run(Config(run_dir=str(tmp_path / "w")), "test")  # the folder is not taken
 
 
 # ---- crl.py ---------------------------------------------------------------------------------------------------------
@@ -243,8 +276,12 @@ def test_a_missing_logger_is_named(tmp_path, monkeypatch):
         (["--total_env_steps=10"], r"total_env_steps is 10; it must exceed the prefill of 25600"),
         (["--loss=nce"], r"fwd_infonce\|bwd_infonce\|sym_infonce\|binary_nce"),
         (["--resume=/tmp"], r"/tmp is not a run folder"),
+        (["--run_dir=" + "x" * 300], r"cannot write run folder x+: File name too long"),
         (["--run_dir=/proc/nowhere"], r"cannot write run folder /proc/nowhere: .*; choose a --run_dir"),
-        (["--eval_env=point_u4_maze_eval"], r"eval_env point_u4_maze_eval has other walls than point_u_maze"),
+        (
+            ["--eval_env=point_u4_maze_eval"],
+            r"eval_env point_u4_maze_eval has another robot or other walls than point_u_maze",
+        ),
     ],
 )
 def test_bad_input_is_one_line_before_any_compilation(flags, message, capsys, monkeypatch, tmp_path):
@@ -295,4 +332,4 @@ def test_every_metric_and_flag_is_explained_on_the_page():
     for name in [*train, *scores, "env_steps", "gradient_steps", *run.TIMING_COLUMNS]:
         assert f"`{name}`" in page, f"{name} is not on the page"
     for name in FIELDS:
-        assert f"--{name}" in page, f"--{name} is not on the page"
+        assert f"`--{name}`" in page, f"--{name} is not on the page"
