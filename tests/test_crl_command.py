@@ -26,8 +26,18 @@ def command(*flags):
     return [sys.executable, crl.__file__, *flags]
 
 
-def run_to_end(*flags, cwd, code=0):
-    done = subprocess.run(command(*flags), cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled programs, shared by the processes of this file where nothing hangs on compiling anew."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def run_to_end(*flags, cwd, code=0, env=None):
+    options = {"cwd": cwd, "env": {**os.environ, **(env or {})}, "capture_output": True, "text": True}
+    done = subprocess.run(command(*flags), timeout=300, check=False, **options)
     assert done.returncode == code, done.stderr
     return done
 
@@ -37,9 +47,10 @@ def metrics(folder):
     return [{k: v for k, v in row.items() if k not in TIMING_COLUMNS} for row in rows]
 
 
-def start_and_signal(number, folder, flags, cwd, rows):
+def start_and_signal(number, folder, flags, cwd, rows, env):
     """Starts a run, waits for that many rows of metrics and a random moment more, and sends the signal."""
-    process = subprocess.Popen(command(*flags), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options = {"cwd": cwd, "env": {**os.environ, **env}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command(*flags), text=True, **options)
     path, deadline = Path(folder) / "metrics.csv", time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
         if path.exists() and path.read_bytes().count(b"\n") > rows:
@@ -47,15 +58,15 @@ def start_and_signal(number, folder, flags, cwd, rows):
             break
         time.sleep(0.002)
     process.send_signal(number)
-    return process.returncode, *process.communicate(timeout=100), process.wait()
+    return *process.communicate(timeout=100), process.wait()
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
+def reference(tmp_path_factory, cache):
     """An uninterrupted run of 2 seeds: its parent folder, its flags and what it printed."""
     folder = tmp_path_factory.mktemp("runs")
     flags = [*TINY, "--num_seeds=2", "--total_env_steps=40000"]
-    done = run_to_end(*flags, f"--run_dir={folder / 'whole'}", cwd=folder)
+    done = run_to_end(*flags, f"--run_dir={folder / 'whole'}", cwd=folder, env=cache)
     return folder, flags, done
 
 
@@ -84,44 +95,44 @@ def test_same_seed_gives_the_same_metrics(reference):
     assert seeds["0"] != seeds["1"]
 
 
-def test_killed_three_times_and_resumed_it_ends_with_the_same_metrics(reference):
+def test_killed_three_times_and_resumed_it_ends_with_the_same_metrics(reference, cache):
     folder, flags, _ = reference
     killed = folder / "killed"
     total = len(metrics(folder / "whole"))
-    *_, code = start_and_signal(signal.SIGKILL, killed, [*flags, f"--run_dir={killed}"], folder, total * 0.2)
+    *_, code = start_and_signal(signal.SIGKILL, killed, [*flags, f"--run_dir={killed}"], folder, total * 0.2, cache)
     assert code == -signal.SIGKILL
     for share in (0.45, 0.7):
-        *_, code = start_and_signal(signal.SIGKILL, killed, [f"--resume={killed}"], folder, total * share)
+        *_, code = start_and_signal(signal.SIGKILL, killed, [f"--resume={killed}"], folder, total * share, cache)
         assert code == -signal.SIGKILL
     assert len(metrics(killed)) < total
-    run_to_end(f"--resume={killed}", cwd=folder)
+    run_to_end(f"--resume={killed}", cwd=folder)  # compiled anew, as after a reboot
     assert metrics(killed) == metrics(folder / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_saves_says_how_to_resume_and_goes_on(reference, number):
+def test_a_stopped_run_saves_says_how_to_resume_and_goes_on(reference, cache, number):
     folder, flags, _ = reference
     stopped = folder / f"stopped-{number}"
-    _, out, _, code = start_and_signal(number, stopped, [*flags, f"--run_dir={stopped}"], folder, 20)
+    out, _, code = start_and_signal(number, stopped, [*flags, f"--run_dir={stopped}"], folder, 20, cache)
     assert code == 128 + number
     assert f"--resume {stopped}" in out and out.splitlines()[-1] == str(stopped)
     saved = max(int(path.stem) for path in (stopped / "checkpoints").glob("*.eqx"))
     assert saved == int(metrics(stopped)[-1]["env_steps"]), "nothing that was trained is lost"
-    run_to_end(f"--resume={stopped}", cwd=folder)
+    run_to_end(f"--resume={stopped}", cwd=folder, env=cache)
     assert metrics(stopped) == metrics(folder / "whole")
 
 
-def test_without_the_replay_in_its_checkpoint_a_run_refills_it_and_says_so(reference):
+def test_without_the_replay_in_its_checkpoint_a_run_refills_it_and_says_so(reference, cache):
     folder, flags, _ = reference
     small = folder / "small"
     flags = [*flags, "--checkpoint_replay=false", f"--run_dir={small}"]
-    *_, code = start_and_signal(signal.SIGKILL, small, flags, folder, 40)
+    *_, code = start_and_signal(signal.SIGKILL, small, flags, folder, 40, cache)
     assert code == -signal.SIGKILL
     sizes = [
         max(p.stat().st_size for p in (folder / name / "checkpoints").glob("*.eqx")) for name in ("small", "whole")
     ]
     assert sizes[0] < sizes[1]
-    done = run_to_end(f"--resume={small}", cwd=folder)
+    done = run_to_end(f"--resume={small}", cwd=folder, env=cache)
     assert "refilling it with the current policy" in done.stdout
     assert [row["env_steps"] for row in metrics(small)] == [row["env_steps"] for row in metrics(folder / "whole")]
 
