@@ -761,6 +761,7 @@ def train(config: Config, env: Env, far: Env | None, log: run.Run) -> None:
 
     state, steps = log.restore(stored(shapes)) if log.resumed else (None, None)
     if state is None:
+        log.progress.show("initialising")
         state = fill(jax.jit(jax.vmap(partial(init, config, env)))(seeds))
         steps = count(config, state)
         if not log.stopping:
