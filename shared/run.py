@@ -188,7 +188,7 @@ class Progress:
                 sys.stderr.write("\r\033[K")
                 sys.stderr.flush()
             print(text, flush=True)
-            self._text = ""  # what was going on is done
+            self._text, self._printed = "", -math.inf  # what was going on is done; show at once what comes next
 
     def close(self) -> None:
         self._closed.set()
