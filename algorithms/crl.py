@@ -18,6 +18,7 @@ paper's hyperparameters. Results, metrics and details: algorithms/crl.md.
 """
 
 import dataclasses
+import json
 import math
 from functools import partial
 from typing import Literal, NamedTuple
@@ -69,6 +70,8 @@ class Config:
     """Environment to train in, a name of envs.names(). The paper's ten tasks are on the page."""
     eval_env: str = ""
     """Environment with the same walls whose goals are the far goals of the evaluation; by default ENV_eval, if any."""
+    env_options: str = ""
+    """Options of both environments (envs/README.md), e.g. 'merged_walls=false,goal_in_state=false'."""
     seed: int = 0
     """First seed."""
     num_seeds: int = 1
@@ -444,7 +447,7 @@ def collect(config: Config, env: Env, state: TrainState) -> TrainState:
             new = jax.vmap(env.sample_goal)(jax.random.split(goal_key, config.num_envs))
             switch = jax.random.bernoulli(switch_key, config.goal_switch_probability, (config.num_envs, 1))
             goal = jnp.where(switch, new, current.env.goal)
-            current = current._replace(env=current.env._replace(goal=goal))
+            current = current._replace(env=jax.vmap(env.with_goal)(current.env, goal))
         row = Row(seen.observation, seen.action, env.achieved_goal(seen.next_observation))
         return current, (row, seen.terminated | seen.truncated)
 
@@ -552,6 +555,8 @@ def evaluate(config: Config, env: Env, far: Env | None, actor: ResidualMLP, key:
         "distance": jnp.sum(jnp.where(playing, distance, 0), axis=0) / steps,
         "episode_length": steps,
     }
+    for name, radius in env.other_radii.items():
+        per_episode[f"time_at_goal_{name}"] = jnp.sum(playing & (distance < radius), axis=0)
     return {
         f"{name}{metric}": values.reshape(len(names), -1)[i].mean()
         for i, name in enumerate(names)
@@ -565,7 +570,7 @@ def evaluate(config: Config, env: Env, far: Env | None, actor: ResidualMLP, key:
 def value_map(config: Config, env: Env, state: TrainState, goals: Float[Array, "goals 2"], cells: int = 12):
     """Energies f(s, mean action, goal) of one seed, for s all over a maze on a grid of `cells` points a cell.
 
-    All but the position is as after a reset. Returns the grid's x, its y, and the maps (goal, y, x); walls are NaN.
+    The robot is at rest. Returns the grid's x, its y, and the maps (goal, y, x); walls are NaN.
     """
     maze = env.maze
     rows, columns = maze.is_wall.shape
@@ -574,13 +579,11 @@ def value_map(config: Config, env: Env, state: TrainState, goals: Float[Array, "
 
     @jax.jit
     def values(goals):
-        observation = jnp.tile(env.reset(jax.random.key(0)).observation, (len(points), 1))
-        observation = observation.at[:, np.array(env.goal_indices)].set(points * maze.cell_size)
-
         def of(goal):
-            goal = jnp.tile(goal, (len(points), 1))
-            phi = state.critic.encode_state_action(observation, policy(state.actor, observation, goal).mode())
-            return energy(phi, state.critic.encode_goal(goal), config.energy)
+            placed = jax.vmap(env.place, (0, None))(jnp.asarray(points * maze.cell_size, jnp.float32), goal)
+            action = policy(state.actor, placed.observation, placed.goal).mode()
+            phi = state.critic.encode_state_action(placed.observation, action)
+            return energy(phi, state.critic.encode_goal(placed.goal), config.energy)
 
         return jax.lax.map(of, goals)
 
@@ -617,8 +620,8 @@ def draw_trajectories(env: Env, states: State, sampled: np.ndarray, path) -> Non
         mazes.draw(env.maze, axis)
         for i in np.flatnonzero(sampled == kind):
             track = np.asarray(env.achieved_goal(jnp.asarray(states.observation[i])))
-            (line,) = axis.plot(*track.T, alpha=0.8)
-            axis.plot(*states.goal[i, 0], "X", markersize=9, color=line.get_color())
+            (line,) = axis.plot(*track[:, :2].T, alpha=0.8)
+            axis.plot(*states.goal[i, 0, :2], "X", markersize=9, color=line.get_color())
         axis.set_title(title)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
@@ -650,12 +653,27 @@ def draw(config: Config, env: Env, far: Env | None, state: TrainState, log: run.
 # ---- main ---------------------------------------------------------------------------------------------------------
 
 
+def parse_options(text: str) -> dict:
+    """'a=true,b=0.5' as a dict; ValueError if it is not written so."""
+    options = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"env_options has {part!r}; write name=value, name=value, ...")
+        try:
+            options[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name.strip()] = value.strip()
+    return options
+
+
 def make_envs(config: Config) -> tuple[Env, Env | None]:
     """The environment, and the one with its far goals."""
     try:
-        env = envs.make(config.env)
-        far_name = config.eval_env or f"{config.env}_eval"
-        far = envs.make(far_name) if config.eval_env or far_name in envs.names() else None
+        options = parse_options(config.env_options)
+        env = envs.make(config.env, **options)
+        far_name = config.eval_env or envs.far(config.env)
+        far = envs.make(far_name, **options) if far_name else None
     except ValueError as error:
         raise run.UserError(str(error)) from None
     places = [(type(e), e.maze and e.maze.is_wall.tolist()) for e in (env, far) if e]

@@ -1,43 +1,66 @@
-"""Environments by name."""
+"""Environments by name; what each is, is on the page README.md beside this file."""
 
 import difflib
-from functools import partial
+import importlib
+import inspect
+from typing import Any
 
 from envs import mazes
 from envs.base import Env, State, Transition, VectorEnv, VectorState
 
-__all__ = ["Env", "State", "Transition", "VectorEnv", "VectorState", "make", "names"]
-
+__all__ = ["Env", "State", "Transition", "VectorEnv", "VectorState", "far", "make", "names"]
 
 # Physics backends take seconds to import, so each robot's file is imported when the robot is made.
-def _point(layout):
-    from envs.point import PointMaze
-
-    return PointMaze(layout)
-
-
-def _ant(layout):
-    from envs.ant import Ant
-
-    return Ant(layout)
-
-
-def _makers() -> dict:
-    robots = {"point": _point, "ant": _ant}
-    in_mazes = {f"{robot}_{layout}": partial(new, layout) for robot, new in robots.items() for layout in mazes.DRAWINGS}
-    return in_mazes | {"ant": partial(_ant, None)}
+IN_MAZES = {
+    "point": "envs.point.PointMaze",
+    "ant": "envs.ant.Ant",
+    "humanoid": "envs.humanoid.Humanoid",
+}
+"""Robots that take every maze, as `<robot>_<maze>`; their first argument is the maze."""
+IN_THE_OPEN = {
+    "ant": ("envs.ant.Ant", {"layout": None}),
+    "humanoid": ("envs.humanoid.Humanoid", {"layout": None}),
+    "humanoid_jaxgcrl": ("envs.humanoid.Humanoid", {"layout": None, "control_step": 0.015}),
+}
+"""Other tasks, with the arguments that make them."""
 
 
 def names() -> list[str]:
-    """All names that `make` takes: `<robot>_<layout>` for every drawing in `envs/mazes.py`, and robots in the open."""
-    return sorted(_makers())
+    """All names that `make` takes, but for stitching tasks of other distances than the published ones."""
+    return sorted([f"{robot}_{maze}" for robot in IN_MAZES for maze in mazes.names()] + list(IN_THE_OPEN))
 
 
-def make(name: str) -> Env:
-    """The environment of this name; ValueError in one line, with the nearest names, if there is none."""
-    makers = _makers()
-    if name not in makers:
-        near = difflib.get_close_matches(name, makers, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(makers)}"
+def make(name: str, **options: Any) -> Env:
+    """The environment of this name, with options of its class.
+
+    ValueError in one line, with the nearest names, if there is no such environment, maze or option.
+    """
+    robot = max((robot for robot in IN_MAZES if name.startswith(f"{robot}_")), key=len, default="")
+    if name in IN_THE_OPEN:
+        path, arguments = IN_THE_OPEN[name]
+    elif robot and (name in names() or "_gen_" in name):
+        path, arguments = IN_MAZES[robot], {"layout": name.removeprefix(f"{robot}_")}
+    else:
+        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
+        robots = f"there are {', '.join(IN_THE_OPEN)}, and {', '.join(IN_MAZES)} with a maze: {', '.join(mazes.DRAWINGS)}"
+        hint = f"did you mean {' or '.join(near)}?" if near else robots
         raise ValueError(f"unknown environment {name!r}; {hint}")
-    return makers[name]()
+    module, _, attribute = path.rpartition(".")
+    robot_class = getattr(importlib.import_module(module), attribute)
+    known = {o.name: o for o in inspect.signature(robot_class).parameters.values() if o.name not in arguments}
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}; it has {', '.join(known) or 'none'}")
+        kind = bool if isinstance(known[option].default, bool) else float
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, bool | int | float):
+            wanted = "true or false" if kind is bool else "a number"
+            raise ValueError(f"option {option} of {name} is {value!r}; it is {wanted}")
+    env = robot_class(**arguments, **options)
+    env.name = name
+    return env
+
+
+def far(name: str) -> str | None:
+    """The environment with the same walls whose goals are the far ones that a policy is evaluated on, if there is one."""
+    far_name = f"{name.partition('_gen_')[0]}_eval"
+    return far_name if far_name in names() else None

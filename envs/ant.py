@@ -9,15 +9,15 @@ leaves every observation as it was (tests/test_ant.py has the published code's n
 """
 
 import math
-import xml.etree.ElementTree as ET
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Key
 
-from envs import mazes, spring, viewer
-from envs.base import Env, State
+from envs import mazes, spring
+from envs.base import State
+from envs.mazes import Maze
 
 CELL_SIZE = 4.0
 GOAL_RADIUS = 10.0
@@ -27,49 +27,52 @@ RESET_NOISE = 0.1
 HEIGHTS = (0.2, 1.0)
 
 
-class Ant(Env):
+class Ant(spring.SpringRobot):
     """The ant in the open (`layout` None) or in a maze.
 
     Args:
-      layout: a name in `mazes.DRAWINGS`, or None.
+      layout: a maze (`mazes.load`), or None.
       merged_walls: few large boxes instead of one a cell, as published. The walls are the same, and cheaper to step.
     """
 
+    name = "ant"
     observation_size = 29
     action_size = 8
     goal_indices = (0, 1)
     success_radius = 0.5
+    other_radii = {"easy": 2.0}
 
-    def __init__(self, layout: str | None, merged_walls: bool = True):
-        self.name = f"ant_{layout}" if layout else "ant"
+    def __init__(self, layout: str | None = None, merged_walls: bool = True):
         self.maze = mazes.load(layout, CELL_SIZE) if layout else None
-        walls = self.maze.wall_boxes(merged_walls) if layout else ()
-        self.system = spring.load(_model(walls), TIMESTEP)
+        super().__init__(_model(self.maze, merged_walls), TIMESTEP, SUBSTEPS)
 
     def reset(self, key: Key[Array, ""]) -> State:
         start_key, q_key, qd_key, goal_key = jax.random.split(key, 4)
         q = self.system.init_q
-        if self.maze:
-            q = q.at[:2].set(jax.random.choice(start_key, jnp.asarray(self.maze.positions("R"))))
-        q = q + jax.random.uniform(q_key, q.shape, minval=-RESET_NOISE, maxval=RESET_NOISE)
+        noise = jax.random.uniform(q_key, q.shape, minval=-RESET_NOISE, maxval=RESET_NOISE)
         qd = RESET_NOISE * jax.random.normal(qd_key, (self.system.qd_size(),))
-        return self.state_at(q, qd, self.sample_goal(goal_key))
+        if not self.maze:
+            return self.state_at(q + noise, qd, self.sample_goal(goal_key))
+        start, goal = self.maze.sample(start_key, goal_key)
+        if self.maze.distances:  # as published, stitching tasks start exactly at the centre
+            noise = noise.at[:2].set(0)
+        return self.state_at(q.at[:2].set(start) + noise, qd, goal)
 
     def state_at(self, q: Float[Array, "15"], qd: Float[Array, "14"], goal: Float[Array, "2"]) -> State:
         """The state with these joint positions and velocities."""
         return self._state(spring.pipeline.init(self.system, q, qd), goal, jnp.zeros(()))
 
+    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> State:
+        return self.state_at(self.system.init_q.at[:2].set(position), jnp.zeros(self.system.qd_size()), goal)
+
     def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
         if self.maze:
-            return jax.random.choice(key, jnp.asarray(self.maze.positions("G")))
+            return self.maze.sample_goal(key)
         angle = jax.random.uniform(key, maxval=2 * math.pi)
         return GOAL_RADIUS * jnp.array([jnp.cos(angle), jnp.sin(angle)])
 
     def step(self, state: State, action: Float[Array, "8"]) -> State:
-        def substep(physics, _):
-            return spring.pipeline.step(self.system, physics, action), None
-
-        physics, _ = jax.lax.scan(substep, state.physics, None, length=SUBSTEPS)
+        physics = self.advance(state.physics, action)
         reached = jnp.linalg.norm(physics.q[:2] - state.goal) < self.success_radius
         return self._state(physics, state.goal, reached.astype(jnp.float32))
 
@@ -78,31 +81,14 @@ class Ant(Env):
         fallen = (height < HEIGHTS[0]) | (height > HEIGHTS[1])
         return State(physics, jnp.concatenate([physics.q, physics.qd]), goal, reward, fallen)
 
-    def render(self, states: State, stem: str) -> str:
-        """An HTML page that shows the episodes in 3-D, in any browser, offline."""
-        x = states.physics.x
-        viewer.save(
-            f"{stem}.html",
-            viewer.shapes_of(self.system.mj_model),
-            np.asarray(x.pos),
-            np.asarray(x.rot),
-            markers=np.pad(np.asarray(states.goal[:, 0]), ((0, 0), (0, 1)), constant_values=0.5),
-            seconds_per_frame=TIMESTEP * SUBSTEPS,
-            title=self.name,
-        )
-        return f"{stem}.html"
 
-
-def _model(walls) -> str:
-    """brax's ant.xml, with walls (`Maze.wall_boxes`) that the torso, hips and feet collide with."""
-    root = ET.fromstring(spring.asset("ant.xml"))
+def _model(maze: Maze | None, merged_walls: bool) -> str:
+    """brax's ant.xml, with walls that the torso, hips and feet collide with."""
+    root = ElementTree.fromstring(spring.asset("ant.xml"))
     world = root.find("worldbody")
-    if len(walls):
+    if maze:
         for geom in world.iter("geom"):
             if geom.get("name").startswith(("torso", "aux")) or geom.get("name").endswith("foot_geom"):
                 geom.set("conaffinity", "1")
-    for x, y, half_x, half_y in walls:
-        # walls are half a cell high
-        box = {"pos": f"{x} {y} {CELL_SIZE / 4}", "size": f"{half_x} {half_y} {CELL_SIZE / 4}"}
-        ET.SubElement(world, "geom", type="box", contype="1", conaffinity="1", **box)
-    return ET.tostring(root, encoding="unicode")
+        maze.add_walls(world, merged_walls)
+    return ElementTree.tostring(root, encoding="unicode")

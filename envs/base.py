@@ -6,6 +6,8 @@ environment.
 """
 
 import abc
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +40,10 @@ class Env(abc.ABC):
       observation_size, action_size: lengths of the two vectors; actions lie in [-1, 1].
       goal_indices: the entries of the observation that a goal specifies.
       success_radius: a goal is reached while the Euclidean distance to it is below this, in the goal's unit.
-      maze: the walls, or None in the open; then the first two goal entries are the robot's x and y.
+      other_radii: more such radii that scores are published for, by name: 'easy', 'hard'.
+      control_step: simulated seconds of a step; None where time has no unit.
+      simulator: what steps the physics.
+      maze: the walls, or None in the open; then the first two goal entries are x and y, and there is `place`.
     """
 
     name: str
@@ -46,6 +51,9 @@ class Env(abc.ABC):
     action_size: int
     goal_indices: tuple[int, ...]
     success_radius: float
+    other_radii: Mapping[str, float] = MappingProxyType({})
+    control_step: float | None = None
+    simulator: str = "pure JAX"
     maze: Maze | None = None
 
     @abc.abstractmethod
@@ -63,6 +71,14 @@ class Env(abc.ABC):
     @abc.abstractmethod
     def render(self, states: State, stem: str) -> str:
         """Draws trajectories, `states` with leading axes (episode, time), into `stem` plus an ending: the path."""
+
+    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> State:
+        """In a maze: the robot at rest at x, y, with a goal at x, y."""
+        raise NotImplementedError(f"{self.name} has no maze")
+
+    def with_goal(self, state: State, goal: Float[Array, " goal"]) -> State:
+        """The same state with another commanded goal."""
+        return state._replace(goal=goal)
 
     def achieved_goal(self, observation: Float[Array, "*batch observation"]) -> Float[Array, "*batch goal"]:
         """The goal that an observation would reach."""

@@ -6,9 +6,14 @@ that ends in `_eval` is the same walls with other goals, the far ones on which a
 """
 
 import dataclasses
+import difflib
+import re
+from xml.etree import ElementTree
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 DRAWINGS = {
     "u_maze": """
@@ -197,19 +202,25 @@ DRAWINGS = {
 }
 
 
+STITCHING = ("u_maze", "u2_maze", "u3_maze", "u4_maze", "u5_maze")
+"""The corridors that the stitching tasks were published for; `load` takes any other corridor as well."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Maze:
     """A maze in world coordinates.
 
     Attributes:
-      name: its name in `DRAWINGS`.
+      name: its name in `DRAWINGS`, perhaps with `_gen_` and distances.
       cells: the drawing, one string a row.
       cell_size: side of a cell, in metres.
+      distances: empty, or the path lengths from start to goal, in cells, of a stitching task (see `load`).
     """
 
     name: str
     cells: tuple[str, ...]
     cell_size: float
+    distances: tuple[int, ...] = ()
 
     def positions(self, kind: str) -> Float[np.ndarray, "count 2"]:
         """Centres (x, y) of the cells of a kind ('#', 'R', 'G' or '.'), in reading order."""
@@ -220,6 +231,35 @@ class Maze:
     def is_wall(self) -> np.ndarray:
         """Bool (rows, columns)."""
         return np.array([[cell == "#" for cell in row] for row in self.cells])
+
+    def sample(self, start_key: Key[Array, ""], goal_key: Key[Array, ""]) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
+        """Cell centres of a start and a goal: uniform over R and over G; in a stitching task a uniform distance, then a
+        uniform pair of cells that far apart along the corridor, the start nearer to R."""
+        if not self.distances:
+            return jax.random.choice(start_key, jnp.asarray(self.positions("R"))), self.sample_goal(goal_key)
+        corridor = self.corridor()
+        ahead = jax.random.choice(goal_key, jnp.array(self.distances))
+        start = jax.random.randint(start_key, (), 0, len(corridor) - ahead)
+        return jnp.asarray(corridor)[start], jnp.asarray(corridor)[start + ahead]
+
+    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
+        """The centre of a goal's cell, from the distribution of `sample`."""
+        if self.distances:
+            return self.sample(*jax.random.split(key))[1]
+        return jax.random.choice(key, jnp.asarray(self.positions("G")))
+
+    def corridor(self) -> Float[np.ndarray, "count 2"]:
+        """Centres of the free cells from R to the other end; ValueError if the maze is not one corridor from R."""
+        left = set(map(tuple, np.argwhere(~self.is_wall).tolist()))
+        path = [cell for cell in left if self.cells[cell[0]][cell[1]] == "R"]
+        left -= set(path)
+        while left:
+            i, j = path[-1]
+            path += left.intersection([(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)])
+            left -= set(path)
+            if len(path) + len(left) != self.is_wall.size - self.is_wall.sum() or path[-2:-1] != [(i, j)]:
+                raise ValueError(f"maze {self.name!r} is not one corridor that begins at R; stitching tasks need one")
+        return np.array(path, np.float32) * self.cell_size
 
     def wall_boxes(self, merged: bool = True) -> Float[np.ndarray, "boxes 4"]:
         """Walls as boxes (centre x, centre y, half size x, half size y), in metres.
@@ -233,6 +273,13 @@ class Maze:
             rectangles = np.array([(i, j, i + 1, j + 1) for i, j in np.argwhere(self.is_wall)])
         low, high = rectangles[:, :2] - 0.5, rectangles[:, 2:] - 0.5
         return np.concatenate([(low + high) / 2, (high - low) / 2], axis=1).astype(np.float32) * self.cell_size
+
+    def add_walls(self, world: ElementTree.Element, merged: bool = True) -> None:
+        """Adds the walls to an MJCF worldbody: boxes half a cell high that touch what has a conaffinity or contype."""
+        height = self.cell_size / 4
+        for x, y, half_x, half_y in self.wall_boxes(merged):
+            box = {"pos": f"{x} {y} {height}", "size": f"{half_x} {half_y} {height}"}
+            ElementTree.SubElement(world, "geom", type="box", contype="1", conaffinity="1", **box)
 
 
 def parse(drawing: str, name: str, cell_size: float) -> Maze:
@@ -252,8 +299,32 @@ def parse(drawing: str, name: str, cell_size: float) -> Maze:
 
 
 def load(name: str, cell_size: float) -> Maze:
-    """The maze drawn under `name`; KeyError if there is none."""
-    return parse(DRAWINGS[name], name, cell_size)
+    """The maze of this name; ValueError in one line if there is none.
+
+    A name of `DRAWINGS`, or a stitching task on a drawing that is one corridor, `<drawing>_gen_<distances>`: in
+    `u_maze_gen_1f2f3f` a goal is 1, 2 or 3 cells further along the corridor than the start, which may be any cell. What
+    the names without `_gen_` ask for, from R to the far end, must then be stitched together from shorter ways.
+    """
+    drawing, stitching, suffix = name.partition("_gen_")
+    if drawing not in DRAWINGS:
+        near = difflib.get_close_matches(drawing, DRAWINGS, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(DRAWINGS)}"
+        raise ValueError(f"unknown maze {drawing!r}; {hint}")
+    maze = parse(DRAWINGS[drawing], name, cell_size)
+    if not stitching:
+        return maze
+    longest = len(maze.corridor()) - 1
+    distances = tuple(int(number) for number in re.findall(r"(\d+)f", suffix))
+    if not re.fullmatch(r"([1-9]\d*f)+", suffix) or max(distances) > longest or len(set(distances)) < len(distances):
+        raise ValueError(
+            f"maze {name!r}: {suffix!r} is no list of distances; write each, from 1 to {longest}, once, e.g. 1f2f3f"
+        )
+    return dataclasses.replace(maze, distances=distances)
+
+
+def names() -> list[str]:
+    """The drawings, and of the stitching tasks the published one, on each drawing that allows it."""
+    return [*DRAWINGS, *(f"{name}_gen_1f2f3f" for name in STITCHING)]
 
 
 def cover_by_rectangles(mask: np.ndarray) -> Int[np.ndarray, "boxes 4"]:

@@ -23,22 +23,27 @@ JITTER = 0.25
 class PointMaze(Env):
     """The point robot in the maze `layout` (a name in `mazes.DRAWINGS`)."""
 
+    name = "point"
     observation_size = 2
     action_size = 2
     goal_indices = (0, 1)
     success_radius = 0.25
 
     def __init__(self, layout: str):
-        self.name = f"point_{layout}"
         self.maze = mazes.load(layout, cell_size=1.0)
         self._walls = self.maze.wall_boxes()
 
     def reset(self, key: Key[Array, ""]) -> State:
-        start_key, goal_key = jax.random.split(key)
-        return self._state(_near_a_cell(start_key, self.maze.positions("R")), self.sample_goal(goal_key))
+        (start_key, start_jitter), (goal_key, goal_jitter) = jax.vmap(jax.random.split)(jax.random.split(key))
+        start, goal = self.maze.sample(start_key, goal_key)
+        return self.place(start + _jitter(start_jitter), goal + _jitter(goal_jitter))
+
+    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> State:
+        return self._state(position, goal)
 
     def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
-        return _near_a_cell(key, self.maze.positions("G"))
+        goal_key, jitter_key = jax.random.split(key)
+        return self.maze.sample_goal(goal_key) + _jitter(jitter_key)
 
     def step(self, state: State, action: Float[Array, "2"]) -> State:
         position = state.physics
@@ -79,10 +84,8 @@ class PointMaze(Env):
         return f"{stem}.gif"
 
 
-def _near_a_cell(key, centres):
-    cell_key, offset_key = jax.random.split(key)
-    offset = jax.random.uniform(offset_key, (2,), minval=-JITTER, maxval=JITTER)
-    return jax.random.choice(cell_key, jnp.asarray(centres)) + offset
+def _jitter(key: Key[Array, ""]) -> Float[Array, "2"]:
+    return jax.random.uniform(key, (2,), minval=-JITTER, maxval=JITTER)
 
 
 def _push_out(position: Float[Array, "2"], walls: Float[Array, "boxes 4"]) -> Float[Array, "2"]:

@@ -9,12 +9,19 @@ import io
 import warnings
 from importlib import resources
 
+import jax
+import numpy as np
+
+from envs import viewer
+from envs.base import State
+from envs.robot import Robot
+
 with contextlib.redirect_stdout(io.StringIO()):
     from brax.base import System
     from brax.io import mjcf
     from brax.spring import pipeline
 
-__all__ = ["System", "asset", "load", "pipeline"]
+__all__ = ["SpringRobot", "System", "asset", "load", "pipeline"]
 
 
 def asset(name: str) -> str:
@@ -27,3 +34,31 @@ def load(xml: str, timestep: float) -> System:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return mjcf.loads(xml).tree_replace({"opt.timestep": timestep})
+
+
+class SpringRobot(Robot):
+    """A robot stepped by the spring physics; `State.physics` is brax's.
+
+    Args:
+      xml: the model, MJCF.
+      timestep: seconds of a physics step.
+      substeps: physics steps in a control step.
+    """
+
+    simulator = "brax spring"
+
+    def __init__(self, xml: str, timestep: float, substeps: int):
+        self.system = load(xml, timestep)
+        self.shapes = viewer.shapes_of(self.system.mj_model)
+        self.control_step, self._substeps = timestep * substeps, substeps
+
+    def advance(self, physics, control):
+        """The physics a control step later."""
+
+        def substep(physics, _):
+            return pipeline.step(self.system, physics, control), None
+
+        return jax.lax.scan(substep, physics, None, length=self._substeps)[0]
+
+    def poses(self, states: State):
+        return np.asarray(states.physics.x.pos), np.asarray(states.physics.x.rot)

@@ -1,0 +1,44 @@
+"""Robots made of rigid bodies: what all of them share, whatever steps their physics."""
+
+import abc
+
+import numpy as np
+from jaxtyping import Float
+
+from envs import viewer
+from envs.base import Env, State
+
+
+class Robot(Env):
+    """An environment of rigid bodies in 3-D, which the viewer can show."""
+
+    shapes: list[viewer.Shape]
+    """What is seen: shapes fixed to the bodies of `poses`, and to the world."""
+    marker_radius: float | None = None
+    """Of the ball that marks the goal, in metres; None for one that suits the robot's size."""
+
+    @abc.abstractmethod
+    def poses(
+        self, states: State
+    ) -> tuple[Float[np.ndarray, "*batch bodies 3"], Float[np.ndarray, "*batch bodies 4"]]:
+        """Positions and orientations (unit quaternions, w first) of the bodies in the world."""
+
+    def goal_position(self, states: State) -> Float[np.ndarray, "*batch 3"]:
+        """Where the goal is seen in the world; by default goals of 2 are on the ground, and goals of 3 in space."""
+        goal = np.asarray(states.goal)
+        return np.pad(goal, [(0, 0)] * (goal.ndim - 1) + [(0, 3 - goal.shape[-1])])
+
+    def render(self, states: State, stem: str) -> str:
+        """An HTML page that shows the episodes in 3-D, in any browser, offline."""
+        positions, rotations = self.poses(states)
+        viewer.save(
+            f"{stem}.html",
+            self.shapes,
+            positions,
+            rotations,
+            markers=self.goal_position(states),
+            seconds_per_frame=self.control_step,
+            title=self.name,
+            marker_radius=self.marker_radius,
+        )
+        return f"{stem}.html"
