@@ -189,3 +189,12 @@ def test_unknown_name_is_answered_with_all_robots_and_mazes():
     with pytest.raises(ValueError, match=r"unknown environment 'xyz'; there are ant, .* point, .*: u_maze, ") as error:
         envs.make("xyz")
     assert "\n" not in str(error.value)
+
+
+def test_stitching_tasks_start_exactly_at_a_cells_centre():
+    env = Ant("u_maze_gen_1f2f3f")
+    states = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), 256))
+    corridor = {(4, 4), (4, 8), (4, 12), (8, 12), (12, 12), (12, 8), (12, 4)}
+    starts, goals = (set(map(tuple, np.asarray(x).tolist())) for x in (states.observation[:, :2], states.goal))
+    assert starts == corridor - {(12, 4)} and goals == corridor - {(4, 4)}
+    assert np.ptp(states.observation[:, 2:15], axis=0).min() > 0.15  # the rest of the pose is noisy

@@ -1,8 +1,10 @@
 import re
 from collections import deque
 
+import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 import envs
 from envs import mazes
@@ -193,3 +195,87 @@ def test_new_drawing_becomes_an_environment_of_every_robot(monkeypatch):
     env = envs.make("point_mine")
     assert env.name == "point_mine"
     assert env.maze.cells == ("#####", "#RRG#", "#####")
+
+
+U5_CORRIDOR = [(2, 1), (1, 1), (1, 2), (1, 3), (1, 4), (1, 5), (1, 6), (2, 6), (3, 6), (4, 6), (5, 6)]
+U5_CORRIDOR += [(5, 5), (5, 4), (5, 3), (5, 2), (5, 1), (4, 1)]
+
+
+def pairs(maze: mazes.Maze, count: int) -> tuple[np.ndarray, np.ndarray]:
+    keys = jax.random.split(jax.random.key(0), (count, 2))
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(lambda key: maze.sample(key[0], key[1])))(keys))
+
+
+def test_a_corridor_runs_from_the_start_to_the_far_end():
+    np.testing.assert_array_equal(mazes.load("u5_maze", 4.0).corridor() / 4, U5_CORRIDOR)
+    for name in ("u_maze", "u2_maze", "u3_maze", "u4_maze"):
+        maze = mazes.load(name, 1.0)
+        corridor = [tuple(cell) for cell in maze.corridor().astype(int).tolist()]
+        lengths = path_lengths(maze.cells)
+        assert [lengths[cell] for cell in corridor] == list(range(len(lengths)))
+        if f"{name}_single_eval" in mazes.DRAWINGS:
+            assert {corridor[-1]} == find(mazes.load(f"{name}_single_eval", 1.0).cells, "G")
+
+
+@pytest.mark.parametrize("name", ["big_maze", "hardest_maze"])
+def test_a_maze_that_is_no_corridor_has_no_stitching_task(name):
+    with pytest.raises(ValueError, match="not one corridor that begins at R"):
+        mazes.load(f"{name}_gen_1f2f3f", 1.0)
+
+
+def test_a_corridor_that_does_not_begin_at_the_start_is_refused():
+    maze = mazes.parse("##### #GRG# #####", "mine", 1.0)
+    with pytest.raises(ValueError, match="'mine' is not one corridor that begins at R"):
+        maze.corridor()
+
+
+def test_stitching_pairs_are_uniform_over_the_distances_and_then_over_the_forward_pairs():
+    start, goal = (x / 4 for x in pairs(mazes.load("u5_maze_gen_1f3f16f", 4.0), 6000))
+    place = {cell: index for index, cell in enumerate(U5_CORRIDOR)}
+    index = np.array([[place[tuple(cell)] for cell in x.astype(int).tolist()] for x in (start, goal)])
+    distance = index[1] - index[0]
+    values, counts = np.unique(distance, return_counts=True)
+    assert values.tolist() == [1, 3, 16]
+    assert stats.chisquare(counts).pvalue > 0.001
+    for value, number_of_pairs in ((1, 16), (3, 14)):
+        starts, counts = np.unique(index[0][distance == value], return_counts=True)
+        assert starts.tolist() == list(range(number_of_pairs))
+        assert stats.chisquare(counts).pvalue > 0.001
+    assert set(index[0][distance == 16]) == {0}
+
+
+def test_goals_alone_have_the_distribution_of_the_goals_of_pairs():
+    maze = mazes.load("u_maze_gen_1f2f3f", 1.0)
+    alone = np.asarray(jax.jit(jax.vmap(maze.sample_goal))(jax.random.split(jax.random.key(1), 4000)))
+    counts = [np.unique(goals, axis=0, return_counts=True) for goals in (alone, pairs(maze, 4000)[1])]
+    np.testing.assert_array_equal(counts[0][0], counts[1][0])
+    assert stats.chi2_contingency([counts[0][1], counts[1][1]]).pvalue > 0.001
+
+
+def test_ordinary_pairs_are_starts_and_goals_of_the_drawing():
+    start, goal = pairs(mazes.parse("##### #RRG# #G.G# #####", "mine", 2.0), 4000)
+    for points, cells in ((start, [(1, 1), (1, 2)]), (goal, [(1, 3), (2, 1), (2, 3)])):
+        found, counts = np.unique(points / 2, axis=0, return_counts=True)
+        assert found.tolist() == [list(cell) for cell in cells]
+        assert stats.chisquare(counts).pvalue > 0.001
+
+
+@pytest.mark.parametrize("suffix", ["", "f", "1", "1f2", "0f", "7f", "1f1f", "1g", "-1f", "1f,2f"])
+def test_bad_distances_are_refused_in_one_line(suffix):
+    with pytest.raises(ValueError, match="is no list of distances; write each, from 1 to 6, once") as error:
+        mazes.load(f"u_maze_gen_{suffix}", 1.0)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_maze_is_answered_with_the_nearest():
+    for name in ("u44_maze", "u44_maze_gen_1f"):
+        with pytest.raises(ValueError, match="unknown maze 'u44_maze'; did you mean u4_maze or ") as error:
+            mazes.load(name, 1.0)
+        assert "\n" not in str(error.value)
+
+
+def test_stitching_tasks_are_environments_that_are_evaluated_on_the_far_goals():
+    assert {"ant_u_maze_gen_1f2f3f", "point_u5_maze_gen_1f2f3f"} <= set(envs.names())
+    assert envs.make("point_u_maze_gen_1f6f").maze.distances == (1, 6)  # any distances, listed or not
+    assert envs.far("ant_u_maze_gen_1f2f3f") == envs.far("ant_u_maze") == "ant_u_maze_eval"
+    assert envs.far("ant") is None and envs.far("ant_hardest_maze") is None
