@@ -13,14 +13,25 @@ __all__ = ["Env", "State", "Transition", "VectorEnv", "VectorState", "far", "mak
 # Physics backends take seconds to import, so each robot's file is imported when the robot is made.
 IN_MAZES = {
     "point": "envs.point.PointMaze",
+    "simple": "envs.simple.SimpleMaze",
     "ant": "envs.ant.Ant",
+    "ant_ball": "envs.ant_objects.AntBall",
     "humanoid": "envs.humanoid.Humanoid",
 }
 """Robots that take every maze, as `<robot>_<maze>`; their first argument is the maze."""
+ARM_TASKS = ("reach", "push_easy", "push_hard", "binpick_easy", "binpick_hard", "binpick_easy_EEF", "grasp")
 IN_THE_OPEN = {
     "ant": ("envs.ant.Ant", {"layout": None}),
+    "ant_ball": ("envs.ant_objects.AntBall", {"layout": None}),
+    "ant_push": ("envs.ant_objects.AntPush", {}),
     "humanoid": ("envs.humanoid.Humanoid", {"layout": None}),
     "humanoid_jaxgcrl": ("envs.humanoid.Humanoid", {"layout": None, "control_step": 0.015}),
+    **{f"arm_{task}": ("envs.arm.Arm", {"task": task}) for task in ARM_TASKS},
+    "reacher": ("envs.reacher.Reacher", {}),
+    "pusher_easy": ("envs.pusher.Pusher", {"kind": "easy"}),
+    "pusher_hard": ("envs.pusher.Pusher", {"kind": "hard"}),
+    "pusher2": ("envs.pusher.Pusher2", {}),
+    "half_cheetah": ("envs.half_cheetah.HalfCheetah", {}),
 }
 """Other tasks, with the arguments that make them."""
 
