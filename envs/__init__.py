@@ -53,8 +53,8 @@ def make(name: str, **options: Any) -> Env:
         path, arguments = IN_MAZES[robot], {"layout": name.removeprefix(f"{robot}_")}
     else:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
-        robots = f"there are {', '.join(IN_THE_OPEN)}, and {', '.join(IN_MAZES)} with a maze: {', '.join(mazes.DRAWINGS)}"
-        hint = f"did you mean {' or '.join(near)}?" if near else robots
+        listed = f"{', '.join(IN_THE_OPEN)}, and {', '.join(IN_MAZES)} with a maze: {', '.join(mazes.DRAWINGS)}"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {listed}"
         raise ValueError(f"unknown environment {name!r}; {hint}")
     module, _, attribute = path.rpartition(".")
     robot_class = getattr(importlib.import_module(module), attribute)
@@ -72,6 +72,6 @@ def make(name: str, **options: Any) -> Env:
 
 
 def far(name: str) -> str | None:
-    """The environment with the same walls whose goals are the far ones that a policy is evaluated on, if there is one."""
+    """The environment with the same walls and the far goals that a policy is evaluated on, if there is one."""
     far_name = f"{name.partition('_gen_')[0]}_eval"
     return far_name if far_name in names() else None

@@ -9,6 +9,7 @@ leaves every observation as it was (tests/test_ant.py has the published code's n
 """
 
 import math
+from types import MappingProxyType
 from xml.etree import ElementTree
 
 import jax
@@ -40,11 +41,11 @@ class Ant(spring.SpringRobot):
     action_size = 8
     goal_indices = (0, 1)
     success_radius = 0.5
-    other_radii = {"easy": 2.0}
+    other_radii = MappingProxyType({"easy": 2.0})
 
     def __init__(self, layout: str | None = None, merged_walls: bool = True):
         self.maze = mazes.load(layout, CELL_SIZE) if layout else None
-        super().__init__(_model(self.maze, merged_walls), TIMESTEP, SUBSTEPS)
+        super().__init__(model(self.maze, merged_walls), TIMESTEP, SUBSTEPS)
 
     def reset(self, key: Key[Array, ""]) -> State:
         start_key, q_key, qd_key, goal_key = jax.random.split(key, 4)
@@ -82,7 +83,7 @@ class Ant(spring.SpringRobot):
         return State(physics, jnp.concatenate([physics.q, physics.qd]), goal, reward, fallen)
 
 
-def _model(maze: Maze | None, merged_walls: bool) -> str:
+def model(maze: Maze | None, merged_walls: bool) -> str:
     """brax's ant.xml, with walls that the torso, hips and feet collide with."""
     root = ElementTree.fromstring(spring.asset("ant.xml"))
     world = root.find("worldbody")

@@ -22,6 +22,7 @@ and the mazes with 0.015 s. JaxGCRL's is 0.015 s in both: `humanoid_jaxgcrl`.
 """
 
 import math
+from types import MappingProxyType
 from xml.etree import ElementTree
 
 import jax
@@ -57,7 +58,7 @@ class Humanoid(spring.SpringRobot):
     action_size = 17
     goal_indices = (0, 1, 2)
     success_radius = 0.5
-    other_radii = {"easy": 2.0}
+    other_radii = MappingProxyType({"easy": 2.0})
 
     def __init__(
         self,
@@ -66,8 +67,7 @@ class Humanoid(spring.SpringRobot):
         goal_in_state: bool = True,
         merged_walls: bool = True,
     ):
-        layout = "big_maze_jaxgcrl_eval" if layout == "big_maze_eval" else layout
-        self.maze = mazes.load(layout, CELL_SIZE) if layout else None
+        self.maze = mazes.load(mazes.jaxgcrl(layout), CELL_SIZE) if layout else None
         control_step = control_step or (0.015 if self.maze else 0.03)
         super().__init__(_model(self.maze, merged_walls), control_step / SUBSTEPS, SUBSTEPS)
         self.system = self.system.tree_replace({"actuator.gear": jnp.asarray(GEARS)})

@@ -232,7 +232,9 @@ class Maze:
         """Bool (rows, columns)."""
         return np.array([[cell == "#" for cell in row] for row in self.cells])
 
-    def sample(self, start_key: Key[Array, ""], goal_key: Key[Array, ""]) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
+    def sample(
+        self, start_key: Key[Array, ""], goal_key: Key[Array, ""]
+    ) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
         """Cell centres of a start and a goal: uniform over R and over G; in a stitching task a uniform distance, then a
         uniform pair of cells that far apart along the corridor, the start nearer to R."""
         if not self.distances:
@@ -320,6 +322,11 @@ def load(name: str, cell_size: float) -> Maze:
             f"maze {name!r}: {suffix!r} is no list of distances; write each, from 1 to {longest}, once, e.g. 1f2f3f"
         )
     return dataclasses.replace(maze, distances=distances)
+
+
+def jaxgcrl(name: str | None) -> str | None:
+    """JaxGCRL's maze of this name; of its mazes, `big_maze_eval` has a goal elsewhere than the ant's of the paper."""
+    return "big_maze_jaxgcrl_eval" if name == "big_maze_eval" else name
 
 
 def names() -> list[str]:

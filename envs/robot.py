@@ -18,9 +18,7 @@ class Robot(Env):
     """Of the ball that marks the goal, in metres; None for one that suits the robot's size."""
 
     @abc.abstractmethod
-    def poses(
-        self, states: State
-    ) -> tuple[Float[np.ndarray, "*batch bodies 3"], Float[np.ndarray, "*batch bodies 4"]]:
+    def poses(self, states: State) -> tuple[Float[np.ndarray, "*batch bodies 3"], Float[np.ndarray, "*batch bodies 4"]]:
         """Positions and orientations (unit quaternions, w first) of the bodies in the world."""
 
     def goal_position(self, states: State) -> Float[np.ndarray, "*batch 3"]:

@@ -140,11 +140,11 @@ def test_torques_are_140_nm_at_waist_and_legs_and_40_at_the_arms(humanoids):
 
 
 def test_actuators_drive_the_joints_in_the_published_order(humanoids):
-    """The waist's first two actuators, and the hips', are not in the order of the joints."""
-    order = "abdomen_y abdomen_z abdomen_x right_hip_x right_hip_z right_hip_y right_knee left_hip_x left_hip_z left_hip_y"
-    order += " left_knee right_shoulder1 right_shoulder2 right_elbow left_shoulder1 left_shoulder2 left_elbow"
-    joints = "abdomen_z abdomen_y abdomen_x right_hip_x right_hip_z right_hip_y right_knee left_hip_x left_hip_z left_hip_y"
-    joints += " left_knee right_shoulder1 right_shoulder2 right_elbow left_shoulder1 left_shoulder2 left_elbow"
+    """The waist's first two actuators are not in the order of the joints."""
+    legs = "right_hip_x right_hip_z right_hip_y right_knee left_hip_x left_hip_z left_hip_y left_knee"
+    arms = "right_shoulder1 right_shoulder2 right_elbow left_shoulder1 left_shoulder2 left_elbow"
+    order = f"abdomen_y abdomen_z abdomen_x {legs} {arms}"
+    joints = f"abdomen_z abdomen_y abdomen_x {legs} {arms}"
     one_each = jnp.arange(1, 18) / 20
     after = humanoids["open"].step(placed(humanoids["open"], (0, 0), (3, 0)), one_each)
     strength = dict(zip(order.split(), np.asarray(one_each) * ([140] * 11 + [40] * 6)))
@@ -161,7 +161,8 @@ def test_humanoid_below_1_m_or_above_2_m_terminates(humanoids, z, terminated):
 def test_reward_is_1_within_half_a_metre_of_the_goal_in_3_d(humanoids):
     start = placed(humanoids["open"], (0, 0), (0, 0))
     x, y, z = np.asarray(humanoids["open"].step(start, jnp.zeros(17)).observation[:3])
-    for goal, reward in (((x + 0.49, y, z), 1), ((x + 0.51, y, z), 0), ((x, y, z - 0.51), 0), ((x, y - 0.4, z + 0.4), 0)):
+    outside = (x + 0.51, y, z), (x, y, z - 0.51), (x, y - 0.4, z + 0.4)
+    for goal, reward in (((x + 0.49, y, z), 1), *((goal, 0) for goal in outside)):
         after = humanoids["open"].step(start._replace(goal=jnp.asarray(goal, jnp.float32)), jnp.zeros(17))
         assert after.reward == reward
 
