@@ -26,7 +26,7 @@ BALL_DISTANCES = (1.75, 3.5)
 """In the open, the ball starts this far from the origin, on the line to the goal."""
 BALL_AHEAD = 2.0
 """In a maze, the ball starts this far from the ant; the ant reaches about 1 m, and the ball half a metre."""
-OBJECT_COLOUR = (0.85, 0.2, 0.2)
+OBJECT_COLOUR = (0.15, 0.45, 0.95)
 
 BLOCKS = """
     #######

@@ -39,7 +39,7 @@ CANDIDATES = 64
 SUBSTEPS, TORQUE = 5, 2.0
 VELOCITY_NOISE = 0.005
 ITERATIONS, LS_ITERATIONS = 6, 12
-COLOURS = (0.85, 0.2, 0.2), (0.25, 0.45, 0.9)
+COLOURS = (0.15, 0.45, 0.95), (0.55, 0.3, 0.75)
 
 
 class Pusher(MjxRobot):
@@ -58,6 +58,7 @@ class Pusher(MjxRobot):
     action_size = 7
     success_radius = 0.1
     other_radii = MappingProxyType({"hard": 0.05})
+    marker_radius = 0.05
     objects = 1
 
     def __init__(self, kind: str):
@@ -114,7 +115,7 @@ class Pusher2(Pusher):
     """Push two objects, which also touch each other, to a goal each.
 
     Ours: goals and starts are those of the hard pusher, goals at least 12 cm apart, objects too. A goal is reached
-    where the distance in all six coordinates is below the radius. The viewer shows the first (red) object's goal only.
+    where the distance in all six coordinates is below the radius. The viewer shows the first (blue) object's goal only.
     """
 
     objects = 2

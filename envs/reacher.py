@@ -39,6 +39,7 @@ class Reacher(spring.SpringRobot):
     action_size = 2
     goal_indices = (4, 5, 6)
     success_radius = 0.05
+    marker_radius = 0.015
 
     def __init__(self):
         super().__init__(_model(), TIMESTEP, SUBSTEPS)

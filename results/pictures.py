@@ -23,7 +23,7 @@ HERE = Path(__file__).parent.parent / "envs" / "pictures"
 FAMILIES = """
     point_u_maze ant ant_u_maze ant_u4_maze ant_u5_maze ant_big_maze ant_hardest_maze ant_ball ant_ball_u_maze ant_push
     humanoid humanoid_u_maze humanoid_big_maze simple_u_maze arm_reach arm_push_easy arm_push_hard arm_binpick_easy
-    arm_binpick_hard arm_grasp reacher pusher_easy pusher2 half_cheetah
+    arm_binpick_hard arm_binpick_easy_EEF arm_grasp reacher pusher_easy pusher_hard pusher2 half_cheetah
 """
 WIDTH, HEIGHT = 320, 240
 SAMPLES = 2
@@ -57,12 +57,8 @@ SCENE = """
 
 
 def main(names: list[str]) -> None:
-    if not names:
-        names = [name for name in FAMILIES.split() if name in envs.names()]
-        if missing := [name for name in FAMILIES.split() if name not in names]:
-            print(f"skipped, no such tasks: {' '.join(missing)}")
     HERE.mkdir(exist_ok=True)
-    for name in names:
+    for name in names or FAMILIES.split():
         env = envs.make(name)
         state = jax.jit(env.reset)(jax.random.key(0))
         image = robot_picture(env, state) if isinstance(env, Robot) else point_picture(env, state)
@@ -95,19 +91,20 @@ def robot_picture(env, state) -> Image.Image:
     """The scene in 3-D, the goal a red ball; a maze from above, with its first row at the top."""
     positions, rotations = (np.asarray(array, float) for array in env.poses(state))
     shapes = [world_shape(shape, positions, rotations) for shape in env.shapes]
-    if env.maze:  # walls overlap, and MuJoCo would light faces in one plane twice
+    flat = env.maze or env.name in ("ant_push", "reacher")
+    if flat:  # walls overlap, and MuJoCo would light faces in one plane twice
         shapes = [shrunk(shape, 0.001 * i) if shape.kind == "box" else shape for i, shape in enumerate(shapes)]
     points = np.concatenate([corners(shape) for shape in shapes if shape.kind != "plane"])
     centre, reach = middle(points)
     goal = env.goal_position(state).astype(float)
     if np.linalg.norm(goal - centre) < 2.5 * reach:  # a far one would make the robot too small
-        radius = max(env.success_radius, 0.03 * reach)
+        radius = env.marker_radius or max(env.success_radius, 0.03 * reach)
         shapes.append(viewer.Shape("sphere", (radius,), (*GOAL, 0.7), -1, tuple(goal), (1.0, 0.0, 0.0, 0.0)))
         points = np.concatenate([points, corners(shapes[-1])])
         centre, reach = middle(points)
 
     camera = mujoco.MjvCamera()
-    camera.azimuth, camera.elevation = (172, -60) if env.maze else (145, -25)
+    camera.azimuth, camera.elevation = (172, -60) if flat else (145, -25)
     camera.lookat, camera.distance = framed(points, camera.azimuth, camera.elevation)
     model = mujoco.MjModel.from_xml_string(
         SCENE.format(
