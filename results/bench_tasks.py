@@ -1,9 +1,10 @@
 """Every task: compile seconds, steps per second, and what a random policy scores. About 30 minutes on 2 cores.
 
     python results/bench_tasks.py            all tasks below, and merged walls against one box a cell
+    python results/bench_tasks.py paper      the paper's ten tasks only
     python results/bench_tasks.py NAME...    print these tasks only
 
-Writes tasks_DEVICE.csv and walls_DEVICE.csv. Compile time is tracing, lowering and compiling of 100 steps; rates are
+Writes tasks_DEVICE.csv and walls_DEVICE.csv. Compile time is tracing, lowering and compiling of 50 steps; rates are
 medians of 3. The random policy draws actions uniformly from [-1, 1]; its scores are those of crl.py's evaluation:
 episodes of 1000 steps, counted until a robot falls, distances in the goal's unit.
 """
@@ -35,7 +36,7 @@ OTHERS = [
     *("ant_ball_u_maze", "simple_u_maze"),
 ]
 WALLS = ["ant_u_maze", "ant_big_maze", "ant_hardest_maze", "humanoid_u_maze", "humanoid_big_maze"]
-EPISODE, CHUNK = 1000, 100
+EPISODE, CHUNK = 1000, 50
 NUM_ENVS = [int(n) for n in os.environ.get("NUM_ENVS", "64").split(",")]
 """How many environments are stepped side by side, e.g. NUM_ENVS=512,4096."""
 FACTS = f"{run.device_name()}, {run.commit()}, Python {platform.python_version()}; episodes of {EPISODE} steps"
@@ -75,7 +76,7 @@ def task(name: str) -> dict:
             assert seen[2].all(), f"{name}: an observation is not finite"
         rate = num_envs * CHUNK / np.median(seconds)
         row |= {f"compile_s_{num_envs}": f"{compile_seconds:.1f}", f"steps_per_s_{num_envs}": f"{rate:.0f}"}
-    episodes = 16 if name.startswith("arm") else 64
+    episodes = 16 if env.maze or name.startswith("arm") else 64
     if episodes != num_envs:
         chunk, state, _ = compiled(env, episodes)
     seen = []
@@ -123,22 +124,33 @@ def walls(name: str, rounds: int = 3) -> dict:
     }
 
 
+def write(table: str, rows: list[dict]) -> None:
+    with (HERE / f"{table}_{jax.default_backend()}.csv").open("w", newline="") as file:
+        file.write(f"# python results/bench_tasks.py; {FACTS}\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def measured(measure, names: list[str]) -> list[dict]:
+    rows = []
+    for name in names:
+        rows.append(measure(name))
+        print(rows[-1], flush=True)
+        jax.clear_caches()
+    return rows
+
+
 def main():
     names = sys.argv[1:]
     print(FACTS, flush=True)
-    tables = {"tasks": (task, names or PAPER + OTHERS), "walls": (walls, [] if names else WALLS)}
-    for table, (measure, tasks) in tables.items():
-        rows = []
-        for name in tasks:
-            rows.append(measure(name))
-            print(rows[-1], flush=True)
-            jax.clear_caches()
-        if not names:
-            with (HERE / f"{table}_{jax.default_backend()}.csv").open("w", newline="") as file:
-                file.write(f"# python results/bench_tasks.py; {FACTS}\n")
-                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+    if not names:
+        write("tasks", measured(task, PAPER + OTHERS))
+        write("walls", measured(walls, WALLS))
+    elif names == ["paper"]:
+        write("tasks", measured(task, PAPER))
+    else:
+        measured(task, names)
 
 
 if __name__ == "__main__":
