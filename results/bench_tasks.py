@@ -124,33 +124,30 @@ def walls(name: str, rounds: int = 3) -> dict:
     }
 
 
-def write(table: str, rows: list[dict]) -> None:
-    with (HERE / f"{table}_{jax.default_backend()}.csv").open("w", newline="") as file:
-        file.write(f"# python results/bench_tasks.py; {FACTS}\n")
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def measured(measure, names: list[str]) -> list[dict]:
+def measured(table: str, measure, names: list[str]) -> None:
+    """Prints a row for each name; and writes the rows so far, if the table has a name."""
     rows = []
     for name in names:
         rows.append(measure(name))
         print(rows[-1], flush=True)
         jax.clear_caches()
-    return rows
+        if table:
+            with (HERE / f"{table}_{jax.default_backend()}.csv").open("w", newline="") as file:
+                file.write(f"# python results/bench_tasks.py; {FACTS}\n")
+                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 def main():
     names = sys.argv[1:]
     print(FACTS, flush=True)
-    if not names:
-        write("tasks", measured(task, PAPER + OTHERS))
-        write("walls", measured(walls, WALLS))
-    elif names == ["paper"]:
-        write("tasks", measured(task, PAPER))
+    if names and names != ["paper"]:
+        measured("", task, names)
     else:
-        measured(task, names)
+        measured("tasks", task, PAPER if names else PAPER + OTHERS)
+    if not names:
+        measured("walls", walls, WALLS)
 
 
 if __name__ == "__main__":

@@ -168,6 +168,25 @@ def test_the_ant_trains_evaluates_and_renders(tmp_path):
     assert "webgl" in page.lower() and "http" not in page.replace("http://www.w3.org", "")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"), [("humanoid_u_maze", "goal_in_state=false,merged_walls=false"), ("arm_push_easy", "")]
+)
+def test_humanoid_and_arm_train_render_and_resume_after_a_kill(tmp_path, cache, name, options):
+    flags = [*TINY, f"--env={name}", f"--env_options={options}", "--depth=8", "--total_env_steps=1600"]
+    run_to_end(*flags, f"--run_dir={tmp_path / 'whole'}", cwd=tmp_path, env=cache)
+    killed = tmp_path / "killed"
+    *_, code = start_and_signal(signal.SIGKILL, killed, [*flags, f"--run_dir={killed}"], tmp_path, 8, cache)
+    assert code == -signal.SIGKILL
+    run_to_end(f"--resume={killed}", cwd=tmp_path, env=cache)
+    assert metrics(killed) == metrics(tmp_path / "whole")
+    last = metrics(killed)[-1]
+    assert float(last["eval/distance"]) > 0.05
+    for folder in (killed, tmp_path / "whole"):
+        assert "webgl" in (folder / "rollout.html").read_text().lower()
+        assert (folder / "value_map.png").exists() == ("maze" in name)
+
+
 def test_help_lists_every_flag(tmp_path):
     done = run_to_end("--help", cwd=tmp_path)
     for field in crl.dataclasses.fields(crl.Config):

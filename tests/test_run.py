@@ -282,6 +282,12 @@ def test_a_missing_logger_is_named(tmp_path, monkeypatch):
             ["--eval_env=point_u4_maze_eval"],
             r"eval_env point_u4_maze_eval has another robot or other walls than point_u_maze",
         ),
+        (["--env=humanoid_u4_mase"], r"unknown environment 'humanoid_u4_mase'; did you mean humanoid_u4_maze"),
+        (["--env=ant_big_maze_gen_1f"], r"maze 'big_maze_gen_1f' is not one corridor"),
+        (["--env=ant_u_maze_gen_9f"], r"maze 'u_maze_gen_9f': '9f' is no list of distances"),
+        (["--env_options=walls"], r"env_options has 'walls'; write name=value"),
+        (["--env_options=merged_walls=true"], r"point_u_maze has no option 'merged_walls'; it has none"),
+        (["--env=ant", "--env_options=merged_walls=7"], r"option merged_walls of ant is 7; it is true or false"),
     ],
 )
 def test_bad_input_is_one_line_before_any_compilation(flags, message, capsys, monkeypatch, tmp_path):
