@@ -83,6 +83,19 @@ class Ant(spring.SpringRobot):
         return State(physics, jnp.concatenate([physics.q, physics.qd]), goal, reward, fallen)
 
 
+class AntRandomStart(Ant):
+    """The ant in the open that starts on a circle of 10 m around its goal."""
+
+    def __init__(self):
+        super().__init__()
+
+    def reset(self, key: Key[Array, ""]) -> State:
+        reset_key, start_key = jax.random.split(key)
+        state = super().reset(reset_key)
+        start = state.physics.q.at[:2].add(state.goal + self.sample_goal(start_key))
+        return self.state_at(start, state.physics.qd, state.goal)
+
+
 def model(maze: Maze | None, merged_walls: bool) -> str:
     """brax's ant.xml, with walls that the torso, hips and feet collide with."""
     root = ElementTree.fromstring(spring.asset("ant.xml"))

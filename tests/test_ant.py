@@ -10,7 +10,7 @@ from scipy import stats
 
 import envs
 from envs import mazes
-from envs.ant import Ant
+from envs.ant import Ant, AntRandomStart
 
 POSE = np.float32([0, 0, 0.55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1])
 FAR = np.float32([6, 8])
@@ -198,3 +198,12 @@ def test_stitching_tasks_start_exactly_at_a_cells_centre():
     starts, goals = (set(map(tuple, np.asarray(x).tolist())) for x in (states.observation[:, :2], states.goal))
     assert starts == corridor - {(12, 4)} and goals == corridor - {(4, 4)}
     assert np.ptp(states.observation[:, 2:15], axis=0).min() > 0.15  # the rest of the pose is noisy
+
+
+def test_random_starts_lie_on_a_circle_of_10_m_around_the_goal():
+    states = jax.jit(jax.vmap(AntRandomStart().reset))(jax.random.split(jax.random.key(0), 1000))
+    goal, start = np.asarray(states.goal), np.asarray(states.observation[:, :2])
+    np.testing.assert_allclose(np.linalg.norm(goal, axis=1), 10, atol=1e-5)
+    assert np.abs(np.linalg.norm(start - goal, axis=1) - 10).max() < 0.15  # and the noise of a start
+    for x, y in (goal.T, (start - goal).T):
+        assert stats.kstest(np.arctan2(y, x), stats.uniform(-np.pi, 2 * np.pi).cdf).pvalue > 0.001
