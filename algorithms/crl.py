@@ -676,9 +676,10 @@ def make_envs(config: Config) -> tuple[Env, Env | None]:
         far = envs.make(far_name, **options) if far_name else None
     except ValueError as error:
         raise run.UserError(str(error)) from None
-    places = [(type(e), e.maze and e.maze.is_wall.tolist()) for e in (env, far) if e]
-    if far and places[0] != places[1]:
-        raise run.UserError(f"eval_env {far_name} has another robot or other walls than {config.env}")
+    if far and far.world != env.world:
+        raise run.UserError(
+            f"eval_env {far_name} has another robot, other walls or another time step than {config.env}"
+        )
     return env, far
 
 

@@ -22,7 +22,7 @@ IN_MAZES = {
 ARM_TASKS = ("reach", "push_easy", "push_hard", "binpick_easy", "binpick_hard", "binpick_easy_EEF", "grasp")
 IN_THE_OPEN = {
     "ant": ("envs.ant.Ant", {"layout": None}),
-    "ant_random_start": ("envs.ant.AntRandomStart", {}),
+    "ant_random_start": ("envs.ant.AntRandomStart", {"layout": None}),
     "ant_ball": ("envs.ant_objects.AntBall", {"layout": None}),
     "ant_push": ("envs.ant_objects.AntPush", {}),
     "humanoid": ("envs.humanoid.Humanoid", {"layout": None}),

@@ -61,7 +61,7 @@ class Ant(spring.SpringRobot):
 
     def state_at(self, q: Float[Array, "15"], qd: Float[Array, "14"], goal: Float[Array, "2"]) -> State:
         """The state with these joint positions and velocities."""
-        return self._state(spring.pipeline.init(self.system, q, qd), goal, jnp.zeros(()))
+        return self._state(spring.pipeline.init(self.system, q, qd), goal)
 
     def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> State:
         return self.state_at(self.system.init_q.at[:2].set(position), jnp.zeros(self.system.qd_size()), goal)
@@ -73,21 +73,16 @@ class Ant(spring.SpringRobot):
         return GOAL_RADIUS * jnp.array([jnp.cos(angle), jnp.sin(angle)])
 
     def step(self, state: State, action: Float[Array, "8"]) -> State:
-        physics = self.advance(state.physics, action)
-        reached = jnp.linalg.norm(physics.q[:2] - state.goal) < self.success_radius
-        return self._state(physics, state.goal, reached.astype(jnp.float32))
+        return self.rewarded(self._state(self.advance(state.physics, action), state.goal))
 
-    def _state(self, physics, goal, reward):
+    def _state(self, physics, goal):
         height = physics.q[2]
         fallen = (height < HEIGHTS[0]) | (height > HEIGHTS[1])
-        return State(physics, jnp.concatenate([physics.q, physics.qd]), goal, reward, fallen)
+        return State(physics, jnp.concatenate([physics.q, physics.qd]), goal, jnp.zeros(()), fallen)
 
 
 class AntRandomStart(Ant):
     """The ant in the open that starts on a circle of 10 m around its goal."""
-
-    def __init__(self):
-        super().__init__()
 
     def reset(self, key: Key[Array, ""]) -> State:
         reset_key, start_key = jax.random.split(key)

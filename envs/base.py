@@ -80,6 +80,16 @@ class Env(abc.ABC):
         """The same state with another commanded goal."""
         return state._replace(goal=goal)
 
+    def rewarded(self, state: State) -> State:
+        """The state with its reward: 1 within the success radius of the goal, else 0."""
+        return state._replace(reward=(self.distance(state) < self.success_radius).astype(jnp.float32))
+
+    @property
+    def world(self) -> tuple:
+        """Equal for two environments that differ in their starts and goals only: each can step the other's states."""
+        walls = self.maze and self.maze.is_wall.tolist()
+        return type(self), self.observation_size, self.control_step, walls
+
     def achieved_goal(self, observation: Float[Array, "*batch observation"]) -> Float[Array, "*batch goal"]:
         """The goal that an observation would reach."""
         return observation[..., jnp.array(self.goal_indices)]

@@ -28,8 +28,7 @@ class HalfCheetah(MjxRobot):
     """The half-cheetah.
 
     Timestep, solver and the noise of a start (positions uniform within 0.1, velocities 0.1 times normal) are those of
-    brax's half-cheetah on this physics, but that a line search of the solver ends after 8 tries instead of 50: the same
-    motion to seven digits in 64 random states, at twice the speed.
+    brax's half-cheetah on this physics, but that a line search of the solver ends after 8 tries instead of 50.
     """
 
     name = "half_cheetah"
@@ -57,7 +56,7 @@ class HalfCheetah(MjxRobot):
     def step(self, state: State, action: Float[Array, "6"]) -> State:
         physics = self.advance(state.physics, action)
         after = state._replace(physics=physics, observation=jnp.concatenate([physics.qpos, physics.qvel]))
-        return after._replace(reward=(self.distance(after) < self.success_radius).astype(jnp.float32))
+        return self.rewarded(after)
 
     def goal_position(self, states: State):
         goal = np.asarray(states.goal)

@@ -12,10 +12,10 @@ Observation (268), with the 24 joint positions q and 23 velocities qd of the rob
     171-242 for each link linear velocity times its share of the mass, angular velocity
     243-267 torque on each velocity of qd in the last step
 
-The twelfth link is the published model's goal marker, a body of 1 kg at the goal: the observation tells the commanded
-goal three times over, also where an algorithm asks for another goal. `goal_in_state=False` leaves out the marker and
-all that depends on it (246 numbers). Here the marker is no body, so that goals can be switched; its published z, which
-sags by less than a millimetre, is exactly 1.25.
+The twelfth link is the published model's goal marker, a body of 1 kg at the goal, so that the state tells the commanded
+goal: in entries 24 and 25 and in the inertias, also where an algorithm asks for another goal. `goal_in_state=False`
+leaves out the marker and all that depends on it (246 numbers). Here the marker is no body, so that goals can be
+switched, and its height is exactly 1.25.
 
 The paper ran `humanoid` with a control step of 0.03 s (its setting of 0.015 s had no effect under its version of brax),
 and the mazes with 0.015 s. JaxGCRL's is 0.015 s in both: `humanoid_jaxgcrl`.
@@ -68,7 +68,10 @@ class Humanoid(spring.SpringRobot):
         merged_walls: bool = True,
     ):
         self.maze = mazes.load(mazes.jaxgcrl(layout), CELL_SIZE) if layout else None
-        control_step = control_step or (0.015 if self.maze else 0.03)
+        if control_step is None:
+            control_step = 0.015 if self.maze else 0.03
+        if not 0 < control_step <= 0.1:
+            raise ValueError(f"control_step is {control_step}; it is a number of seconds, above 0 and at most 0.1")
         super().__init__(_model(self.maze, merged_walls), control_step / SUBSTEPS, SUBSTEPS)
         self.system = self.system.tree_replace({"actuator.gear": jnp.asarray(GEARS)})
         self.goal_in_state = goal_in_state
@@ -87,7 +90,7 @@ class Humanoid(spring.SpringRobot):
     def state_at(self, q: Float[Array, "24"], qd: Float[Array, "23"], goal: Float[Array, "3"]) -> State:
         """The state with these joint positions and velocities."""
         physics = spring.pipeline.init(self.system, q, qd)
-        return self._state(physics, goal, jnp.zeros(self.action_size), jnp.zeros(()))
+        return self._state(physics, goal, jnp.zeros(self.action_size))
 
     def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "3"]:
         if self.maze:
@@ -102,16 +105,14 @@ class Humanoid(spring.SpringRobot):
         return state._replace(goal=goal, observation=self._observe(state.physics, goal, force[:23]))
 
     def step(self, state: State, action: Float[Array, "17"]) -> State:
-        physics = self.advance(state.physics, CONTROL_RANGE * action)
-        reached = jnp.linalg.norm(physics.q[:3] - state.goal) < self.success_radius
-        return self._state(physics, state.goal, action, reached.astype(jnp.float32))
+        return self.rewarded(self._state(self.advance(state.physics, CONTROL_RANGE * action), state.goal, action))
 
-    def _state(self, physics, goal, action, reward):
+    def _state(self, physics, goal, action):
         height = physics.q[2]
         fallen = (height < HEIGHTS[0]) | (height > HEIGHTS[1])
         torque = jnp.asarray(GEARS, jnp.float32) * CONTROL_RANGE * action
         force = jnp.zeros(23).at[self.system.actuator.qd_id].set(torque)
-        return State(physics, self._observe(physics, goal, force), goal, reward, fallen)
+        return State(physics, self._observe(physics, goal, force), goal, jnp.zeros(()), fallen)
 
     def _observe(self, physics, goal, force):
         q, qd = physics.q, physics.qd

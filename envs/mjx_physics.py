@@ -115,7 +115,8 @@ def forward_kinematics(model: mujoco.MjModel, data: mjx.Data) -> mjx.Data:
     """mjx.kinematics, for free, hinge and slide joints.
 
     mjx's own leaves XLA free to fuse the whole chain of bodies into one loop, in which each body computes its parent
-    several times over: on a CPU a physics step of 16 arms then takes 290 ms. With a barrier after each body it takes 4.
+    several times over: on a CPU a step of an arm of seven joints then takes tens of times as long. Here a barrier
+    after each body stops that.
     """
     positions, rotations, matrices = [jnp.zeros(3)], [jnp.array([1.0, 0, 0, 0])], [jnp.eye(3)]
     anchors, axes = [], []

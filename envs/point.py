@@ -39,7 +39,7 @@ class PointMaze(Env):
         return self.place(start + _jitter(start_jitter), goal + _jitter(goal_jitter))
 
     def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> State:
-        return self._state(position, goal)
+        return State(position, position, goal, jnp.zeros(()), jnp.zeros((), bool))
 
     def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
         goal_key, jitter_key = jax.random.split(key)
@@ -52,11 +52,7 @@ class PointMaze(Env):
             # the deepest wall first; twice, for a corner between two walls
             for _ in range(2):
                 position = _push_out(position, jnp.asarray(self._walls))
-        return self._state(position, state.goal)
-
-    def _state(self, position, goal):
-        reached = jnp.linalg.norm(position - goal) < self.success_radius
-        return State(position, position, goal, reached.astype(jnp.float32), jnp.zeros((), bool))
+        return self.rewarded(self.place(position, state.goal))
 
     def render(self, states: State, stem: str) -> str:
         """A GIF of all episodes side by side in one maze: the robots, their trails and their goals (crosses)."""

@@ -51,8 +51,9 @@ class Pusher(MjxRobot):
 
     Ours, where only the sizes are published: a 'hard' goal is anywhere in that same box, an 'easy' one within 5 cm in x
     and y of the only goal that brax has. The tip is the point half-way between the two fingertips, as in Gym. brax's
-    spring physics lets the arm sink into the object by up to 7 cm, and into the table; MuJoCo's, with its solver at 6
-    iterations instead of 20, by up to half a centimetre.
+    spring physics lets the arm sink deep into the object and the table, MuJoCo's hardly (tests/test_other_tasks.py);
+    its solver does 6 iterations here instead of the file's 20. Distances are kept by drawing from 64 candidates: about one
+    reset of `pusher2` in a million finds none that does.
     """
 
     action_size = 7
@@ -101,7 +102,7 @@ class Pusher(MjxRobot):
     def step(self, state: State, action: Float[Array, "7"]) -> State:
         physics = self.advance(state.physics, TORQUE * action)
         after = state._replace(physics=physics, observation=self._observe(physics))
-        return after._replace(reward=(self.distance(after) < self.success_radius).astype(jnp.float32))
+        return self.rewarded(after)
 
     def goal_position(self, states: State):
         return np.asarray(states.goal)[..., :3]

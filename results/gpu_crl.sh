@@ -9,11 +9,11 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:${PYTHONPATH:-}"
 case "$1" in
 bench)
-    timeout 570 python3 results/bench_crl.py | tee "$2/bench.txt"
+    timeout 570 python3 results/bench_crl.py | tee "$2/bench.txt" || [ $? -eq 124 ]
     cp results/bench_*_gpu.csv "$2/"
     ;;
 tasks)
-    NUM_ENVS=512,4096 timeout 590 python3 results/bench_tasks.py paper | tee "$2/tasks.txt"
+    NUM_ENVS=512,4096 timeout 590 python3 results/bench_tasks.py paper | tee "$2/tasks.txt" || [ $? -eq 124 ]
     cp results/tasks_gpu.csv "$2/"
     ;;
 curve)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +131,8 @@ def test_evaluation_counts_steps_until_a_fall():
     """Against a hand count: this robot stands at its goal for 3 steps, then falls, and would be there again later."""
 
     class Faller(Line):
+        other_radii = MappingProxyType({"easy": 5.5, "hard": 1e-3})
+
         def step(self, state, action):
             t = state.physics + 1
             return State(t, t, jnp.where((t <= 3) | (t > 6), t, t + 5), jnp.zeros(()), (t == 5)[0])
@@ -139,9 +142,28 @@ def test_evaluation_counts_steps_until_a_fall():
     scores = crl.evaluate(config, Faller(), None, actor, jax.random.key(0))
     for kind in ("", "sampled/"):
         assert scores[f"eval/{kind}time_at_goal"] == 3
+        assert scores[f"eval/{kind}time_at_goal_easy"] == 5
+        assert scores[f"eval/{kind}time_at_goal_hard"] == 3
         assert scores[f"eval/{kind}success_any"] == 1
         assert scores[f"eval/{kind}episode_length"] == 5
         np.testing.assert_allclose(scores[f"eval/{kind}distance"], 2 * 5 / 5)
+
+
+def test_a_goal_that_is_switched_during_collection_is_switched_by_the_environment():
+    """Which may tell the goal in its observation, as the humanoid does."""
+
+    class Told(Line):
+        def with_goal(self, state, goal):
+            return state._replace(goal=goal, observation=10 + goal)
+
+    config = crl.Config(
+        num_envs=8, episode_length=50, unroll_length=6, min_replay_size=6, max_replay_size=60, width=8,
+        goal_switch_probability=1.0,
+    )  # fmt: skip
+    state = crl.collect(config, Told(), crl.init(config, Told(), jax.random.key(0)))
+    observed = np.asarray(state.replay.data.observation[:6])
+    np.testing.assert_array_equal(observed[0], 0)
+    assert set(np.unique(observed[1:])) == {9, 11}
 
 
 def assert_value_follows_the_corridor(folder):

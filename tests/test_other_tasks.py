@@ -519,6 +519,22 @@ PUSHES = [  # where the ant is, where it is thrown, whether the box is there
 ]
 
 
+def test_contacts_that_the_solver_leaves_out_do_not_touch():
+    """Random actions in plain MuJoCo: far fewer contacts of each kind (with friction, without) than the solver takes."""
+    model = AntPush().model
+    random, most, seen = np.random.default_rng(0), 0, 0
+    for _ in range(10):
+        data = mujoco.MjData(model)
+        data.qpos = [*random.uniform(3, 5, 2), 0.55, 1, 0, 0, 0, 0, 1, 0, -1, 0, -1, 0, 1, 8, 8]
+        for _ in range(200):
+            data.ctrl = random.uniform(-1, 1, 8)
+            mujoco.mj_step(model, data, 5)
+            kinds = [contact.dim for contact in data.contact if contact.dist < 0]
+            most, seen = max(most, kinds.count(1), kinds.count(3)), seen + len(kinds)
+    assert seen > 1000
+    assert most <= 16
+
+
 def test_box_stays_between_blocks(task):
     task = task("ant_push")
     throws = [(x, y) for x in (-6, 0, 6) for y in (-6, 0, 6)] + [

@@ -280,11 +280,21 @@ def test_a_missing_logger_is_named(tmp_path, monkeypatch):
         (["--run_dir=/proc/nowhere"], r"cannot write run folder /proc/nowhere: .*; choose a --run_dir"),
         (
             ["--eval_env=point_u4_maze_eval"],
-            r"eval_env point_u4_maze_eval has another robot or other walls than point_u_maze",
+            r"eval_env point_u4_maze_eval has another robot, other walls or another time step than point_u_maze",
         ),
         (["--env=humanoid_u4_mase"], r"unknown environment 'humanoid_u4_mase'; did you mean humanoid_u4_maze"),
         (["--env=ant_big_maze_gen_1f"], r"maze 'big_maze_gen_1f' is not one corridor"),
         (["--env=ant_u_maze_gen_9f"], r"maze 'u_maze_gen_9f': '9f' is no list of distances"),
+        (
+            ["--env=arm_push_easy", "--eval_env=arm_binpick_hard"],
+            r"eval_env arm_binpick_hard has another robot, other walls",
+        ),
+        (
+            ["--env=humanoid", "--eval_env=humanoid_jaxgcrl"],
+            r"eval_env humanoid_jaxgcrl has another robot, other walls",
+        ),
+        (["--env=humanoid", "--env_options=control_step=0"], r"control_step is 0; it is a number of seconds, above 0"),
+        (["--env=humanoid", "--env_options=control_step=NaN"], r"control_step is nan; it is a number of seconds"),
         (["--env_options=walls"], r"env_options has 'walls'; write name=value"),
         (["--env_options=merged_walls=true"], r"point_u_maze has no option 'merged_walls'; it has none"),
         (["--env=ant", "--env_options=merged_walls=7"], r"option merged_walls of ant is 7; it is true or false"),

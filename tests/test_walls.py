@@ -66,11 +66,26 @@ def test_a_robot_driven_into_a_wall_for_200_steps_never_passes_through(driven):
         assert ahead.max() < cell / 2 + 0.15  # the wall's face is half a cell ahead; a humanoid leans over it
         assert ahead.max() > cell / 4
     # nor does any part of it get into a wall
-    depth = np.full(links.shape[:3], -np.inf)
+    assert depth_in_walls(maze, links).max() < 0.05
+
+
+def test_torsos_of_robots_that_act_at_random_never_pass_through_walls(driven):
+    """Until they fall: an ant's torso may then sink through the floor, under the walls."""
+    maze, paths = driven
+    links, q = (x[5:] for x in paths[True])
+    depth = depth_in_walls(maze, links[:, :, :1])[..., 0]
+    fallen = np.cumsum((q[..., 2] < 0.2) | (q[..., 2] > 2), axis=1) > 0
+    assert (~fallen).sum() > 500
+    assert depth[~fallen].max() < 0.05
+
+
+def depth_in_walls(maze, points):
+    """Of points (..., 3): how deep in a wall, negative outside."""
+    depth = np.full(points.shape[:-1], -np.inf)
     for x, y, half_x, half_y in maze.wall_boxes(merged=False):
-        inside = np.minimum(half_x - np.abs(links[..., 0] - x), half_y - np.abs(links[..., 1] - y))
-        depth = np.maximum(depth, np.minimum(inside, cell / 2 - links[..., 2]))
-    assert depth.max() < 0.05
+        inside = np.minimum(half_x - np.abs(points[..., 0] - x), half_y - np.abs(points[..., 1] - y))
+        depth = np.maximum(depth, np.minimum(inside, maze.cell_size / 2 - points[..., 2]))
+    return depth
 
 
 def test_the_wind_moves_a_robot_that_no_wall_stops(driven):
