@@ -52,8 +52,8 @@ class Pusher(MjxRobot):
     Ours, where only the sizes are published: a 'hard' goal is anywhere in that same box, an 'easy' one within 5 cm in x
     and y of the only goal that brax has. The tip is the point half-way between the two fingertips, as in Gym. brax's
     spring physics lets the arm sink deep into the object and the table, MuJoCo's hardly (tests/test_other_tasks.py);
-    its solver does 6 iterations here instead of the file's 20. Distances are kept by drawing from 64 candidates: about one
-    reset of `pusher2` in a million finds none that does.
+    its solver does 6 iterations here instead of the file's 20. Distances are kept by drawing from 64 candidates: about
+    one reset of `pusher2` in a million finds none that does.
     """
 
     action_size = 7

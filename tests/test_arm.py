@@ -119,8 +119,8 @@ def pushing(envs):
 
 @pytest.fixture(scope="module")
 def throws(envs):
-    """A cube slides at 3 m/s from the middle of each bin of binpick_hard towards each of its walls, 8 cases; and the arm
-    pushes at random at bins, cube and table, 8 cases."""
+    """A cube slides at 3 m/s from the middle of each bin of binpick_hard towards each of its walls, 8 cases; and the
+    arm pushes at random at bins, cube and table, 8 cases."""
     env = envs["binpick_hard"]
     centres = np.repeat([(-0.3, 0.6), (0.3, 0.6)], 4, axis=0)
     directions = np.tile([(1, 0), (-1, 0), (0, 1), (0, -1)], (2, 1))

@@ -520,7 +520,7 @@ PUSHES = [  # where the ant is, where it is thrown, whether the box is there
 
 
 def test_contacts_that_the_solver_leaves_out_do_not_touch():
-    """Random actions in plain MuJoCo: far fewer contacts of each kind (with friction, without) than the solver takes."""
+    """Random actions in plain MuJoCo: no more contacts of each kind (with friction, without) than the solver takes."""
     model = AntPush().model
     random, most, seen = np.random.default_rng(0), 0, 0
     for _ in range(10):
