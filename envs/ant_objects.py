@@ -71,6 +71,7 @@ class AntBall(spring.SpringRobot):
     goal_indices = (29, 30)
     success_radius = 0.5
     other_radii = MappingProxyType({"easy": 2.0})
+    marker_radius = 0.5
 
     def __init__(self, layout: str | None = None, merged_walls: bool = True):
         self.maze = mazes.load(mazes.jaxgcrl(layout), ant.CELL_SIZE) if layout else None
@@ -154,6 +155,7 @@ class AntPush(MjxRobot):
     goal_indices = (0, 1)
     success_radius = 0.5
     other_radii = MappingProxyType({"easy": 2.0})
+    marker_radius = 0.5
 
     def __init__(self):
         blocks = mazes.parse(BLOCKS, self.name, ant.CELL_SIZE)
