@@ -159,7 +159,7 @@ class Arm(MjxRobot):
     Args:
       task: `reach`, `push_easy`, ... (`TASKS`).
       all_contacts: whether all possible contact points go to the solver, as published, rather than the deepest
-        `CONTACT_POINTS`: the same motion, and with bins half the speed.
+        `CONTACT_POINTS`: the same forces while no more than these touch, and slower where there are bins.
     """
 
     success_radius = 0.1
