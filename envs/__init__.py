@@ -67,7 +67,8 @@ def make(name: str, **options: Any) -> Env:
         if isinstance(value, bool) != (kind is bool) or not isinstance(value, bool | int | float):
             wanted = "true or false" if kind is bool else "a number"
             raise ValueError(f"option {option} of {name} is {value!r}; it is {wanted}")
-    env = robot_class(**arguments, **options)
+        arguments = {**arguments, option: kind(value)}
+    env = robot_class(**arguments)
     env.name = name
     return env
 

@@ -531,7 +531,7 @@ def test_contacts_that_the_solver_leaves_out_do_not_touch():
             mujoco.mj_step(model, data, 5)
             kinds = [contact.dim for contact in data.contact if contact.dist < 0]
             most, seen = max(most, kinds.count(1), kinds.count(3)), seen + len(kinds)
-    assert seen > 1000
+    assert seen > 200
     assert most <= 16
 
 

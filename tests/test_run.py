@@ -293,7 +293,10 @@ def test_a_missing_logger_is_named(tmp_path, monkeypatch):
             ["--env=humanoid", "--eval_env=humanoid_jaxgcrl"],
             r"eval_env humanoid_jaxgcrl has another robot, other walls",
         ),
-        (["--env=humanoid", "--env_options=control_step=0"], r"control_step is 0; it is a number of seconds, above 0"),
+        (
+            ["--env=humanoid", "--env_options=control_step=0"],
+            r"control_step is 0.0; it is a number of seconds, above 0",
+        ),
         (["--env=humanoid", "--env_options=control_step=NaN"], r"control_step is nan; it is a number of seconds"),
         (["--env_options=walls"], r"env_options has 'walls'; write name=value"),
         (["--env_options=merged_walls=true"], r"point_u_maze has no option 'merged_walls'; it has none"),
