@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from envs import mazes, spring
 from envs.base import State
@@ -50,8 +50,7 @@ class Ant(spring.SpringRobot):
     def reset(self, key: Key[Array, ""]) -> State:
         start_key, q_key, qd_key, goal_key = jax.random.split(key, 4)
         q = self.system.init_q
-        noise = jax.random.uniform(q_key, q.shape, minval=-RESET_NOISE, maxval=RESET_NOISE)
-        qd = RESET_NOISE * jax.random.normal(qd_key, (self.system.qd_size(),))
+        noise, qd = reset_noise(q_key, qd_key)
         if not self.maze:
             return self.state_at(q + noise, qd, self.sample_goal(goal_key))
         start, goal = self.maze.sample(start_key, goal_key)
@@ -69,16 +68,13 @@ class Ant(spring.SpringRobot):
     def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
         if self.maze:
             return self.maze.sample_goal(key)
-        angle = jax.random.uniform(key, maxval=2 * math.pi)
-        return GOAL_RADIUS * jnp.array([jnp.cos(angle), jnp.sin(angle)])
+        return on_circle(key, GOAL_RADIUS)
 
     def step(self, state: State, action: Float[Array, "8"]) -> State:
         return self.rewarded(self._state(self.advance(state.physics, action), state.goal))
 
     def _state(self, physics, goal):
-        height = physics.q[2]
-        fallen = (height < HEIGHTS[0]) | (height > HEIGHTS[1])
-        return State(physics, jnp.concatenate([physics.q, physics.qd]), goal, jnp.zeros(()), fallen)
+        return State(physics, jnp.concatenate([physics.q, physics.qd]), goal, jnp.zeros(()), fallen(physics.q))
 
 
 class AntRandomStart(Ant):
@@ -89,6 +85,23 @@ class AntRandomStart(Ant):
         state = super().reset(reset_key)
         start = state.physics.q.at[:2].add(state.goal + self.sample_goal(start_key))
         return self.state_at(start, state.physics.qd, state.goal)
+
+
+def reset_noise(q_key: Key[Array, ""], qd_key: Key[Array, ""]) -> tuple[Float[Array, "15"], Float[Array, "14"]]:
+    """What is added to an ant's pose and to its velocities at a reset."""
+    noise = jax.random.uniform(q_key, (15,), minval=-RESET_NOISE, maxval=RESET_NOISE)
+    return noise, RESET_NOISE * jax.random.normal(qd_key, (14,))
+
+
+def on_circle(key: Key[Array, ""], radius: float) -> Float[Array, "2"]:
+    """A point uniform on a circle around the origin."""
+    angle = jax.random.uniform(key, maxval=2 * math.pi)
+    return radius * jnp.array([jnp.cos(angle), jnp.sin(angle)])
+
+
+def fallen(q: Float[Array, " positions"]) -> Bool[Array, ""]:
+    """Whether an ant with these joint positions ends the episode."""
+    return (q[2] < HEIGHTS[0]) | (q[2] > HEIGHTS[1])
 
 
 def model(maze: Maze | None, merged_walls: bool) -> str:

@@ -4,7 +4,6 @@ Observation (31): the ant's 29 numbers (envs/ant.py), then x, y of the ball or t
 0.05 s. The episode terminates where the torso is below 0.2 m or above 1.0 m.
 """
 
-import math
 from types import MappingProxyType
 from xml.etree import ElementTree
 
@@ -82,8 +81,7 @@ class AntBall(spring.SpringRobot):
 
     def reset(self, key: Key[Array, ""]) -> State:
         start_key, q_key, qd_key, goal_key, ball_key = jax.random.split(key, 5)
-        noise = jax.random.uniform(q_key, (15,), minval=-ant.RESET_NOISE, maxval=ant.RESET_NOISE)
-        qd = jnp.pad(ant.RESET_NOISE * jax.random.normal(qd_key, (14,)), (0, 2))
+        noise, qd = ant.reset_noise(q_key, qd_key)
         if self.maze:
             start, goal = self.maze.sample(start_key, goal_key)
             ball = self._ball(start, goal)
@@ -94,7 +92,7 @@ class AntBall(spring.SpringRobot):
             away = jax.random.uniform(ball_key, minval=BALL_DISTANCES[0], maxval=BALL_DISTANCES[1])
             ball = away * goal / BALL_GOAL_RADIUS
         q = self.system.init_q.at[:2].set(start).at[:15].add(noise)
-        return self.state_at(q.at[15:].set(ball), qd, goal)
+        return self.state_at(q.at[15:].set(ball), jnp.pad(qd, (0, 2)), goal)
 
     def state_at(self, q: Float[Array, "17"], qd: Float[Array, "16"], goal: Float[Array, "2"]) -> State:
         """The state with these joint positions and velocities, the ball's x and y last."""
@@ -107,8 +105,7 @@ class AntBall(spring.SpringRobot):
     def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
         if self.maze:
             return self.maze.sample_goal(key)
-        angle = jax.random.uniform(key, maxval=2 * math.pi)
-        return BALL_GOAL_RADIUS * jnp.array([jnp.cos(angle), jnp.sin(angle)])
+        return ant.on_circle(key, BALL_GOAL_RADIUS)
 
     def step(self, state: State, action: Float[Array, "8"]) -> State:
         return self.rewarded(self._state(self.advance(state.physics, jnp.pad(action, (0, 2))), state.goal))
@@ -119,7 +116,7 @@ class AntBall(spring.SpringRobot):
 
     def _state(self, physics, goal):
         observation = jnp.concatenate([physics.q[:15], physics.qd[:14], physics.q[15:]])
-        return State(physics, observation, goal, jnp.zeros(()), _fallen(physics.q))
+        return State(physics, observation, goal, jnp.zeros(()), ant.fallen(physics.q))
 
     def _ball(self, position, goal):
         """Where the ball starts in a maze: before the ant on its way to the goal."""
@@ -167,9 +164,9 @@ class AntPush(MjxRobot):
 
     def reset(self, key: Key[Array, ""]) -> State:
         q_key, qd_key, goal_key = jax.random.split(key, 3)
-        noise = jax.random.uniform(q_key, (15,), minval=-ant.RESET_NOISE, maxval=ant.RESET_NOISE)
-        qvel = jnp.pad(ant.RESET_NOISE * jax.random.normal(qd_key, (14,)), (0, 2))
-        return self.state_at(jnp.asarray(self._start, jnp.float32).at[:15].add(noise), qvel, self.sample_goal(goal_key))
+        noise, qvel = ant.reset_noise(q_key, qd_key)
+        qpos = jnp.asarray(self._start, jnp.float32).at[:15].add(noise)
+        return self.state_at(qpos, jnp.pad(qvel, (0, 2)), self.sample_goal(goal_key))
 
     def state_at(self, qpos: Float[Array, "17"], qvel: Float[Array, "16"], goal: Float[Array, "2"]) -> State:
         """The state with these joint positions and velocities, the box's x and y last."""
@@ -185,11 +182,7 @@ class AntPush(MjxRobot):
 
     def _state(self, physics, goal):
         observation = jnp.concatenate([physics.qpos[:15], physics.qvel[:14], physics.qpos[15:]])
-        return State(physics, observation, goal, jnp.zeros(()), _fallen(physics.qpos))
-
-
-def _fallen(q):
-    return (q[2] < ant.HEIGHTS[0]) | (q[2] > ant.HEIGHTS[1])
+        return State(physics, observation, goal, jnp.zeros(()), ant.fallen(physics.qpos))
 
 
 def _ways(maze: Maze) -> Float[np.ndarray, "rows columns rows columns 2"]:

@@ -255,12 +255,14 @@ class Maze:
         left = set(map(tuple, np.argwhere(~self.is_wall).tolist()))
         path = [cell for cell in left if self.cells[cell[0]][cell[1]] == "R"]
         left -= set(path)
-        while left:
+        is_corridor = len(path) == 1
+        while left and is_corridor:
             i, j = path[-1]
             path += left.intersection([(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)])
             left -= set(path)
-            if len(path) + len(left) != self.is_wall.size - self.is_wall.sum() or path[-2:-1] != [(i, j)]:
-                raise ValueError(f"maze {self.name!r} is not one corridor that begins at R; stitching tasks need one")
+            is_corridor = path[-2:-1] == [(i, j)]  # just one way on
+        if not is_corridor:
+            raise ValueError(f"maze {self.name!r} is not one corridor that begins at R; stitching tasks need one")
         return np.array(path, np.float32) * self.cell_size
 
     def wall_boxes(self, merged: bool = True) -> Float[np.ndarray, "boxes 4"]:

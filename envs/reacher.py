@@ -67,7 +67,7 @@ class Reacher(spring.SpringRobot):
         return self.rewarded(self._state(self.advance(state.physics, action), state.goal))
 
     def _state(self, physics, goal):
-        rotated = _rotate(physics.x.rot[1], jnp.array(TIP))
+        rotated = spring.rotate(jnp.array(TIP), physics.x.rot[1])
         tip = physics.x.pos[1] + rotated
         velocity = physics.xd.vel[1] + jnp.cross(physics.xd.ang[1], rotated)
         observation = jnp.concatenate([jnp.cos(physics.q), jnp.sin(physics.q), tip, velocity])
@@ -86,9 +86,3 @@ def _model() -> str:
     for motor in root.iter("motor"):
         motor.set("gear", str(GEAR))
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def _rotate(quaternion: Float[Array, "4"], vector: Float[Array, "3"]) -> Float[Array, "3"]:
-    """A vector turned by a unit quaternion."""
-    axis = quaternion[1:]
-    return vector + 2 * jnp.cross(axis, quaternion[0] * vector + jnp.cross(axis, vector))

@@ -19,9 +19,10 @@ from envs.robot import Robot
 with contextlib.redirect_stdout(io.StringIO()):
     from brax.base import System
     from brax.io import mjcf
+    from brax.math import rotate
     from brax.spring import pipeline
 
-__all__ = ["SpringRobot", "System", "asset", "load", "pipeline"]
+__all__ = ["SpringRobot", "System", "asset", "load", "pipeline", "rotate"]
 
 
 def asset(name: str) -> str:

@@ -223,8 +223,9 @@ def test_a_maze_that_is_no_corridor_has_no_stitching_task(name):
         mazes.load(f"{name}_gen_1f2f3f", 1.0)
 
 
-def test_a_corridor_that_does_not_begin_at_the_start_is_refused():
-    maze = mazes.parse("##### #GRG# #####", "mine", 1.0)
+@pytest.mark.parametrize("row", ["#GRG#", "#RRG#", "#RG#G", "##R#G"])
+def test_a_corridor_that_does_not_begin_at_the_start_is_refused(row):
+    maze = mazes.parse(f"###### {row}# ######", "mine", 1.0)
     with pytest.raises(ValueError, match="'mine' is not one corridor that begins at R"):
         maze.corridor()
 
