@@ -6,9 +6,9 @@ import inspect
 from typing import Any
 
 from envs import mazes
-from envs.base import Env, State, Transition, VectorEnv, VectorState
+from envs.base import AchievementEnv, Env, State, Transition, VectorEnv, VectorState
 
-__all__ = ["Env", "State", "Transition", "VectorEnv", "VectorState", "far", "make", "names"]
+__all__ = ["AchievementEnv", "Env", "State", "Transition", "VectorEnv", "VectorState", "far", "make", "names"]
 
 # Physics backends take seconds to import, so each robot's file is imported when the robot is made.
 IN_MAZES = {
@@ -34,12 +34,19 @@ IN_THE_OPEN = {
     "pusher2": ("envs.pusher.Pusher2", {}),
     "half_cheetah": ("envs.half_cheetah.HalfCheetah", {}),
 }
-"""Other tasks, with the arguments that make them."""
+"""Other tasks with goals, with the arguments that make them."""
+WITH_ACHIEVEMENTS = {
+    "craftax_classic_pixels": ("envs.crafter.CraftaxClassic", {"pixels": True}),
+    "craftax_classic_symbolic": ("envs.crafter.CraftaxClassic", {"pixels": False}),
+    "crafter": ("envs.crafter_pool.Crafter", {}),
+    "minicraft": ("envs.minicraft.Minicraft", {}),
+}
+"""Tasks without goals, but with achievements to unlock."""
 
 
 def names() -> list[str]:
     """All names that `make` takes, but for stitching tasks of other distances than the published ones."""
-    return sorted([f"{robot}_{maze}" for robot in IN_MAZES for maze in mazes.names()] + list(IN_THE_OPEN))
+    return sorted([f"{robot}_{maze}" for robot in IN_MAZES for maze in mazes.names()] + [*IN_THE_OPEN, *WITH_ACHIEVEMENTS])
 
 
 def make(name: str, **options: Any) -> Env:
@@ -48,13 +55,14 @@ def make(name: str, **options: Any) -> Env:
     ValueError in one line, with the nearest names, if there is no such environment, maze or option.
     """
     robot = max((robot for robot in IN_MAZES if name.startswith(f"{robot}_")), key=len, default="")
-    if name in IN_THE_OPEN:
-        path, arguments = IN_THE_OPEN[name]
+    without_maze = IN_THE_OPEN | WITH_ACHIEVEMENTS
+    if name in without_maze:
+        path, arguments = without_maze[name]
     elif robot and (name in names() or "_gen_" in name):
         path, arguments = IN_MAZES[robot], {"layout": name.removeprefix(f"{robot}_")}
     else:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
-        listed = f"{', '.join(IN_THE_OPEN)}, and {', '.join(IN_MAZES)} with a maze: {', '.join(mazes.DRAWINGS)}"
+        listed = f"{', '.join(without_maze)}, and {', '.join(IN_MAZES)} with a maze: {', '.join(mazes.DRAWINGS)}"
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {listed}"
         raise ValueError(f"unknown environment {name!r}; {hint}")
     module, _, attribute = path.rpartition(".")

@@ -6,6 +6,7 @@ environment.
 """
 
 import abc
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ class State(NamedTuple):
     """Reward of the step that led here (0 after a reset)."""
     terminated: Bool[Array, "*batch"]
     """The task ended here (the robot fell, say). Time limits are not the environment's affair, see `VectorEnv`."""
+    achievements: Bool[Array, "*batch achievements"] | tuple[()] = ()
+    """What has been unlocked since the reset; empty where a task has no achievements."""
 
 
 class Env(abc.ABC):
@@ -99,6 +102,43 @@ class Env(abc.ABC):
         return jnp.linalg.norm(self.achieved_goal(state.observation) - state.goal, axis=-1)
 
 
+class AchievementEnv(Env):
+    """A task with discrete actions and achievements, each of which is unlocked at most once in an episode.
+
+    It has no commanded goal: `State.goal` has length 0. An action is an integer in [0, num_actions).
+
+    Attributes:
+      observation_shape: (height, width, channels) of an image, or (features,).
+      observation_dtype: 'uint8' for images in 0..255; 'float32' otherwise, images then in [0, 1].
+      num_actions: how many actions there are.
+      achievement_names: what each entry of `State.achievements` stands for.
+      in_jax: whether `step` is a function that JAX compiles; else the environment runs in other processes, and only
+        the vectorised one can be stepped, by one program at a time.
+    """
+
+    observation_shape: tuple[int, ...]
+    observation_dtype: str = "float32"
+    num_actions: int
+    achievement_names: tuple[str, ...]
+    in_jax: bool = True
+    goal_indices = ()
+    success_radius = 0.0
+    action_size = 1
+    fresh_worlds: int | None = None
+    """`VectorEnv.fresh_worlds`."""
+
+    @property
+    def observation_size(self) -> int:
+        return math.prod(self.observation_shape)
+
+    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, " goal"]:
+        return jnp.zeros(0)
+
+    def vectorise(self, num_envs: int, episode_length: int) -> "VectorEnv":
+        """`num_envs` copies that are reset by themselves."""
+        return VectorEnv(self, num_envs, episode_length, fresh_worlds=self.fresh_worlds)
+
+
 class VectorState(NamedTuple):
     """`num_envs` environments and their clocks; every leaf has a leading axis of `num_envs`."""
 
@@ -124,6 +164,8 @@ class Transition(NamedTuple):
     """The environment ended the episode."""
     truncated: Bool[Array, " num_envs"]
     """The time limit ended it (and the environment did not)."""
+    achievements: Bool[Array, "num_envs achievements"] | tuple[()] = ()
+    """What the episode has unlocked, this step included, also where it ended here."""
 
 
 class VectorEnv:
@@ -135,12 +177,22 @@ class VectorEnv:
       episode_length: the time limit, in steps; reaching it truncates.
       goals: 'resampled' draws a new start and goal at each reset; 'fixed' returns each copy to the first start and
         goal it had, which is what brax's AutoResetWrapper does and hence what the published CRL results are made of.
+      fresh_worlds: how many resets are computed at a time, for environments whose resets are much dearer than their
+        steps; by default those of all copies at once. Every ended episode gets a reset of its own in either case.
     """
 
-    def __init__(self, env: Env, num_envs: int, episode_length: int, goals: str = "resampled"):
+    def __init__(
+        self,
+        env: Env,
+        num_envs: int,
+        episode_length: int,
+        goals: str = "resampled",
+        fresh_worlds: int | None = None,
+    ):
         if goals not in ("fixed", "resampled"):
             raise ValueError(f"goals is {goals!r}; it is 'fixed' or 'resampled'")
         self.env, self.num_envs, self.episode_length, self.goals = env, num_envs, episode_length, goals
+        self.fresh_worlds = min(fresh_worlds or num_envs, num_envs)
 
     def reset(self, key: Key[Array, ""]) -> VectorState:
         first_key, reset_key = jax.random.split(key)
@@ -159,8 +211,17 @@ class VectorEnv:
         truncated = (steps >= self.episode_length) & ~after.terminated
         ended = after.terminated | truncated
         transition = Transition(
-            state.env.observation, action, after.reward, after.observation, after.terminated, truncated
+            state.env.observation,
+            action,
+            after.reward,
+            after.observation,
+            after.terminated,
+            truncated,
+            after.achievements,
         )
+        if self.fresh_worlds < self.num_envs and self.goals == "resampled":
+            env, key = self._restart_few(after, ended, state.key)
+            return VectorState(env, jnp.where(ended, 0, steps), key, state.first), transition
 
         def restart(key):
             if self.goals == "fixed":
@@ -172,3 +233,18 @@ class VectorEnv:
         fresh, key = jax.lax.cond(ended.any(), restart, lambda key: (after, key), state.key)
         env = jax.tree.map(lambda a, b: jnp.where(ended.reshape(-1, *[1] * (a.ndim - 1)), a, b), fresh, after)
         return VectorState(env, jnp.where(ended, 0, steps), key, state.first), transition
+
+    def _restart_few(self, after: State, ended: Bool[Array, " num_envs"], key: Key[Array, " num_envs"]):
+        """Resets the copies whose episode has ended, `fresh_worlds` at a time, until none is left."""
+
+        def restart(carry):
+            env, waiting, key = carry
+            # the indices of the first few; where fewer are left, num_envs, which is written nowhere
+            (which,) = jnp.nonzero(waiting, size=self.fresh_worlds, fill_value=self.num_envs)
+            keys = jax.vmap(jax.random.split)(key[which])
+            fresh = jax.vmap(self.env.reset)(keys[:, 0])
+            env = jax.tree.map(lambda old, new: old.at[which].set(new, mode="drop"), env, fresh)
+            return env, waiting.at[which].set(False, mode="drop"), key.at[which].set(keys[:, 1], mode="drop")
+
+        env, _, key = jax.lax.while_loop(lambda carry: carry[1].any(), restart, (after, ended, key))
+        return env, key
