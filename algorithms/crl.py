@@ -18,7 +18,6 @@ paper's hyperparameters. Results, metrics and details: algorithms/crl.md.
 """
 
 import dataclasses
-import json
 import math
 from functools import partial
 from typing import Literal, NamedTuple
@@ -653,44 +652,22 @@ def draw(config: Config, env: Env, far: Env | None, state: TrainState, log: run.
 # ---- main ---------------------------------------------------------------------------------------------------------
 
 
-def parse_options(text: str) -> dict:
-    """'a=true,b=0.5' as a dict; ValueError if it is not written so."""
-    options = {}
-    for part in filter(None, text.split(",")):
-        name, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"env_options has {part!r}; write name=value, name=value, ...")
-        try:
-            options[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name.strip()] = value.strip()
-    return options
-
-
 def make_envs(config: Config) -> tuple[Env, Env | None]:
     """The environment, and the one with its far goals."""
     try:
-        options = parse_options(config.env_options)
+        options = run.parse_options(config.env_options)
         env = envs.make(config.env, **options)
         far_name = config.eval_env or envs.far(config.env)
         far = envs.make(far_name, **options) if far_name else None
     except ValueError as error:
         raise run.UserError(str(error)) from None
+    if not env.goal_indices:
+        raise run.UserError(f"{config.env} has no goals to reach; its achievements are for ppo_ad.py")
     if far and far.world != env.world:
         raise run.UserError(
             f"eval_env {far_name} has another robot, other walls or another time step than {config.env}"
         )
     return env, far
-
-
-def over_seeds(config: Config, function):
-    """Batches a function of one seed over a leading axis of seeds.
-
-    One seed skips `vmap`, under which `lax.cond` would compute both of its branches.
-    """
-    if config.num_seeds > 1:
-        return jax.vmap(function)
-    return lambda *args: jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], args)))
 
 
 def count(config: Config, state: TrainState) -> dict[str, int]:
@@ -699,12 +676,6 @@ def count(config: Config, state: TrainState) -> dict[str, int]:
         "env_steps": int(state.unrolled[0]) * config.num_envs,
         "gradient_steps": int(state.updates[0]),
     }
-
-
-def due(config: Config, every: int, before: dict[str, int], after: dict[str, int]) -> bool:
-    """Whether a chunk reached or crossed a multiple of `every` environment steps, or ended the run."""
-    done = after["env_steps"] >= config.total_env_steps
-    return done or after["env_steps"] // every > before["env_steps"] // every
 
 
 def check_finite(config: Config, before: int, metrics: dict[str, np.ndarray], state: TrainState) -> None:
@@ -762,7 +733,7 @@ def train(config: Config, env: Env, far: Env | None, log: run.Run) -> None:
     seeds = jax.vmap(jax.random.key)(seed_numbers)
     shapes = jax.eval_shape(jax.vmap(partial(init, config, env)), seeds)
     describe(config, shapes, log)
-    batched = partial(over_seeds, config)
+    batched = partial(run.over_seeds, config.num_seeds)
     # compiled apart, because the prefill only collects; the state is donated, so the replay is never copied
     collect_chunk = log.compile("collect", jax.jit(batched(partial(collect, config, env)), donate_argnums=0), shapes)
     learn_chunk = log.compile("learn", jax.jit(batched(partial(learn, config, env)), donate_argnums=0), shapes)
@@ -791,7 +762,7 @@ def train(config: Config, env: Env, far: Env | None, log: run.Run) -> None:
         empty = jax.vmap(lambda _: empty_replay(config, env))(seeds)
         state = fill(state._replace(replay=empty))._replace(unrolled=unrolled)
 
-    success = None
+    success = ""
     log.start_clock(steps["env_steps"])
     while steps["env_steps"] < config.total_env_steps and not log.stopping:
         before = steps
@@ -800,16 +771,16 @@ def train(config: Config, env: Env, far: Env | None, log: run.Run) -> None:
         steps = count(config, state)
         check_finite(config, before["gradient_steps"], info, state)
         metrics = {name: values.mean(axis=1) for name, values in info.items()}
-        if due(config, config.eval_every, before, steps):
+        if log.due(config.eval_every, before, steps):
             keys = jax.vmap(lambda seed, step: jax.random.fold_in(evaluation_key(seed), step), (0, None))(
                 seed_numbers, steps["gradient_steps"]
             )
             metrics |= jax.tree.map(np.asarray, score(state.actor, keys))
-            success = float(metrics["eval/success_any"].mean())
+            success = f"success {metrics['eval/success_any'].mean():.2f}"
             log.print(summary(steps, metrics))
         log.log(steps, metrics, columns)
         log.show(steps["env_steps"], success)
-        if due(config, config.checkpoint_every, before, steps):
+        if log.due(config.checkpoint_every, before, steps):
             log.save(stored(state), steps)
 
     if log.stopping:

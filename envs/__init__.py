@@ -46,7 +46,9 @@ WITH_ACHIEVEMENTS = {
 
 def names() -> list[str]:
     """All names that `make` takes, but for stitching tasks of other distances than the published ones."""
-    return sorted([f"{robot}_{maze}" for robot in IN_MAZES for maze in mazes.names()] + [*IN_THE_OPEN, *WITH_ACHIEVEMENTS])
+    return sorted(
+        [f"{robot}_{maze}" for robot in IN_MAZES for maze in mazes.names()] + [*IN_THE_OPEN, *WITH_ACHIEVEMENTS]
+    )
 
 
 def make(name: str, **options: Any) -> Env:

@@ -119,6 +119,110 @@ class ResidualMLP(eqx.Module):
         return self.head(x)
 
 
+def unit_weights(key: Key[Array, ""], shape: tuple[int, ...], norm: float) -> Float[Array, "..."]:
+    """Weights of random direction; those of each output unit (the first axis) have this L2 norm."""
+    weight = jax.random.uniform(key, shape, minval=-1, maxval=1)
+    return norm * weight / jnp.sqrt(jnp.sum(weight**2, axis=tuple(range(1, len(shape))), keepdims=True))
+
+
+class NormedDense(eqx.Module):
+    """LayerNorm of the input, a linear map without bias, ReLU; `norm` is the L2 norm of each unit's first weights."""
+
+    layer_norm: eqx.nn.LayerNorm
+    weight: Float[Array, "out in"]
+    dtype: str = eqx.field(static=True)
+
+    def __init__(self, in_size: int, out_size: int, norm: float, key: Key[Array, ""], dtype: str = "float32"):
+        self.layer_norm = eqx.nn.LayerNorm(in_size, eps=1e-5)
+        self.weight = unit_weights(key, (out_size, in_size), norm)
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
+        x, weight = self.layer_norm(x).astype(self.dtype), self.weight.astype(self.dtype)
+        return jax.nn.relu(jnp.matmul(x, weight.T, preferred_element_type=jnp.float32))
+
+
+class Conv(eqx.Module):
+    """GroupNorm of the input with one group, 3 x 3 convolution, ReLU; a bias only if there is no norm."""
+
+    group_norm: eqx.nn.GroupNorm | None
+    weight: Float[Array, "out in 3 3"]
+    bias: Float[Array, "out 1 1"] | None
+    dtype: str = eqx.field(static=True)
+
+    def __init__(self, in_size: int, out_size: int, norm: float, key: Key[Array, ""], dtype: str, normed: bool = True):
+        self.group_norm = eqx.nn.GroupNorm(1, in_size, eps=1e-5) if normed else None
+        self.weight = unit_weights(key, (out_size, in_size, 3, 3), norm)
+        self.bias = None if normed else jnp.zeros((out_size, 1, 1))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "in height width"]) -> Float[Array, "out height width"]:
+        x = x if self.group_norm is None else self.group_norm(x)
+        x, weight = x[None].astype(self.dtype), self.weight.astype(self.dtype)
+        y = jax.lax.conv_general_dilated(x, weight, (1, 1), "SAME")[0].astype(jnp.float32)
+        return jax.nn.relu(y if self.bias is None else y + self.bias)
+
+
+class ConvStack(eqx.Module):
+    """Convolution, max-pooling that halves height and width, GroupNorm, residual blocks of two convolutions."""
+
+    first: Conv
+    group_norm: eqx.nn.GroupNorm
+    blocks: list[tuple[Conv, Conv]]
+
+    def __init__(
+        self, in_size: int, size: int, blocks: int, norm: float, key: Key[Array, ""], dtype: str, normed: bool
+    ):
+        first_key, key = jax.random.split(key)
+        self.first = Conv(in_size, size, 1.0, first_key, dtype, normed)
+        self.group_norm = eqx.nn.GroupNorm(1, size, eps=1e-5)
+        keys = jax.random.split(key, (blocks, 2))
+        self.blocks = [tuple(Conv(size, size, norm, k, dtype) for k in pair) for pair in keys]
+
+    def __call__(self, x: Float[Array, "in height width"]) -> Float[Array, "size half_height half_width"]:
+        x = self.group_norm(eqx.nn.MaxPool2d(3, 2, padding=1)(self.first(x)))
+        for first, second in self.blocks:
+            x = x + second(first(x))
+        return x
+
+
+class ImpalaCNN(eqx.Module):
+    """Residual convolutional encoder (Espeholt et al. 2018) with the norms and initial weights of Moon et al. 2023.
+
+    Stacks of convolutions, then two dense layers. Every norm comes before its linear map. The output is non-negative.
+    """
+
+    stacks: list[ConvStack]
+    dense: NormedDense
+    latent: NormedDense
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        channels: tuple[int, ...],
+        dense_size: int,
+        latent_size: int,
+        key: Key[Array, ""],
+        dtype: str = "float32",
+        blocks: int = 2,
+    ):
+        height, width, in_size = shape
+        dense_key, latent_key, *keys = jax.random.split(key, 2 + len(channels))
+        norm = math.sqrt(1 / math.sqrt(len(channels)) / math.sqrt(blocks))
+        self.stacks = []
+        for i, (size, stack_key) in enumerate(zip(channels, keys)):
+            self.stacks.append(ConvStack(in_size, size, blocks, norm, stack_key, dtype, normed=i > 0))
+            in_size, height, width = size, (height + 1) // 2, (width + 1) // 2
+        self.dense = NormedDense(in_size * height * width, dense_size, 1.4, dense_key, dtype)
+        self.latent = NormedDense(dense_size, latent_size, 1.0, latent_key, dtype)
+
+    def __call__(self, image: Float[Array, "height width channels"]) -> Float[Array, " latent"]:
+        x = jnp.moveaxis(image, -1, 0)
+        for stack in self.stacks:
+            x = stack(x)
+        return self.latent(self.dense(x.reshape(-1)))
+
+
 class SquashedGaussian(NamedTuple):
     """The distribution of tanh(x) with x ~ N(mean, exp(log_std)^2), independent in each dimension."""
 

@@ -118,6 +118,20 @@ def recipe_for(env: str, recipes: dict[str, dict]) -> dict:
     return {k: v for pattern, recipe in recipes.items() if fnmatch.fnmatch(env, pattern) for k, v in recipe.items()}
 
 
+def parse_options(text: str) -> dict:
+    """'a=true,b=0.5' as a dict; ValueError if it is not written so."""
+    options = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"env_options has {part!r}; write name=value, name=value, ...")
+        try:
+            options[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name.strip()] = value.strip()
+    return options
+
+
 def _define(field, doc, values):
     kind, options = field.type, {"flag_values": values}
     if typing.get_origin(kind) is typing.Literal:
@@ -320,13 +334,18 @@ class Run:
         for sink in self._sinks:
             sink.write(steps["env_steps"], {k: float(np.mean(v)) for k, v in metrics.items()})
 
-    def show(self, env_steps: int, success: float | None) -> None:
+    def due(self, every: int, before: dict[str, int], after: dict[str, int]) -> bool:
+        """Whether a chunk reached or crossed a multiple of `every` environment steps, or ended the run."""
+        done = after["env_steps"] >= self.config.total_env_steps
+        return done or after["env_steps"] // every > before["env_steps"] // every
+
+    def show(self, env_steps: int, score: str) -> None:
         """The progress line: how far, how fast, how long to go, how well."""
         total = self.config.total_env_steps
         rate = (self._last_step[0] - self._first_step[0]) / (self._last_step[1] - self._first_step[1])
         left = _clock((total - env_steps) / rate)
         text = f"{_short(env_steps)} of {_short(total)} env steps  {rate:,.0f} steps/s  {left} left"
-        self.progress.show(text + ("" if success is None else f"  success {success:.2f}"))
+        self.progress.show(f"{text}  {score}".rstrip())
 
     def start_clock(self, env_steps: int) -> None:
         """Call before the first chunk: speed is counted from here, after all compilation."""
@@ -458,6 +477,16 @@ def plot_seeds(axes, steps: np.ndarray, values: np.ndarray, label: str) -> None:
     seeds = [values[(steps == step) & ~np.isnan(values)] for step in at]
     (line,) = axes.plot(at, [v.mean() for v in seeds], label=label)
     axes.fill_between(at, [v.min() for v in seeds], [v.max() for v in seeds], alpha=0.2, color=line.get_color())
+
+
+def over_seeds(num_seeds: int, function):
+    """Batches a function of one seed over a leading axis of seeds.
+
+    One seed skips `vmap`, under which `lax.cond` would compute both of its branches.
+    """
+    if num_seeds > 1:
+        return jax.vmap(function)
+    return lambda *args: jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], args)))
 
 
 def device_name() -> str:

@@ -1,0 +1,127 @@
+"""Craftax-Classic: Crafter's survival game with its 22 achievements, rewritten in JAX by the authors of Craftax.
+
+The rules are those of the package craftax (1.6), which differ from Crafter's in places: scores of the two games do not
+compare. A reward is 1 for each achievement unlocked, and 0.1 for each of the 9 points of health won or lost. Death ends
+an episode; the time limit is `VectorEnv`'s. Observation: the image in [0, 1], or a vector that holds the same view.
+"""
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from PIL import Image
+
+from envs.base import AchievementEnv, State
+
+NEVER = 2**31 - 1
+"""Craftax's own time limit, in steps."""
+TILE = 7
+"""Pixels along an edge of one of the 9 x 9 tiles of an observation: 7 rows of map, 2 of inventory."""
+EPISODES_DRAWN = 4
+
+
+class Physics(NamedTuple):
+    world: Any
+    """Craftax's EnvState."""
+    key: Key[Array, ""]
+    """Where the next steps draw from."""
+
+
+class CraftaxClassic(AchievementEnv):
+    """Craftax-Classic as images (`pixels`), or as vectors, which are cheaper to compute: the game is the same."""
+
+    simulator = "craftax"
+    fresh_worlds = 1
+
+    def __init__(self, pixels: bool):
+        # imported here, as this takes a second: craftax imports matplotlib
+        from craftax.craftax_classic import renderer
+        from craftax.craftax_classic.constants import Achievement
+        from craftax.craftax_classic.envs import craftax_pixels_env, craftax_symbolic_env
+
+        renderer.load_all_textures = lambda: _TEXTURES
+        self.pixels = pixels
+        if pixels:
+            self._game = craftax_pixels_env.CraftaxClassicPixelsEnvNoAutoReset()
+        else:
+            self._game = craftax_symbolic_env.CraftaxClassicSymbolicEnvNoAutoReset()
+        self._params = self._game.default_params.replace(max_timesteps=NEVER)
+        self.observation_shape = self._game.observation_space(self._params).shape
+        self.num_actions = self._game.num_actions
+        self.achievement_names = tuple(achievement.name.lower() for achievement in Achievement)
+
+    def reset(self, key: Key[Array, ""]) -> State:
+        world_key, key = jax.random.split(key)
+        observation, world = self._game.reset(world_key, self._params)
+        return _state(world, key, observation, jnp.zeros(()), jnp.zeros((), bool))
+
+    def step(self, state: State, action: Int[Array, ""]) -> State:
+        step_key, key = jax.random.split(state.physics.key)
+        observation, world, reward, dead, _ = self._game.step(step_key, state.physics.world, action, self._params)
+        return _state(world, key, observation, reward, dead)
+
+    def render(self, states: State, stem: str) -> str:
+        """A GIF of the first episodes side by side; each stays as it was when it ended."""
+        states = jax.tree.map(lambda x: x[:EPISODES_DRAWN], states)
+        images = 255 * states.observation if self.pixels else _draw(states.physics.world)
+        frames = side_by_side(np.rint(images).astype(np.uint8), np.asarray(states.terminated))
+        save_gif(frames, f"{stem}.gif", fps=10)
+        return f"{stem}.gif"
+
+
+def _state(
+    world: Any, key: Key[Array, ""], observation: Float[Array, "..."], reward: Float[Array, ""], dead: Bool[Array, ""]
+) -> State:
+    # some of craftax's numbers are weakly typed after a reset and not after a step, for which jit would compile twice
+    world = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), world)
+    return State(Physics(world, key), observation, jnp.zeros(0), reward, dead, world.achievements)
+
+
+class _Textures(dict):
+    """Craftax's textures by the tile size in pixels, each drawn, in memory, when it is first asked for: 2 s.
+
+    By itself craftax draws all sizes (20 s), and keeps them in a file inside its own package, where one may have no
+    right to write, and which two processes that start together write at the same time.
+    """
+
+    def __missing__(self, tile: int):
+        from craftax.craftax_classic import constants
+
+        self[tile] = constants.load_all_textures_given_size(tile)
+        return self[tile]
+
+
+_TEXTURES = _Textures()
+
+
+def _draw(worlds: Any) -> Float[Array, "episodes time height width 3"]:
+    """Images in 0..255 of Craftax's states with leading axes (episode, time)."""
+    from craftax.craftax_classic import renderer
+
+    draw = renderer.make_craftax_pixel_renderer(TILE)
+    return jax.jit(jax.vmap(lambda worlds: jax.lax.map(draw, worlds, batch_size=32)))(worlds)
+
+
+def side_by_side(
+    images: UInt8[np.ndarray, "episodes time height width 3"], ended: Bool[np.ndarray, "episodes time"]
+) -> UInt8[np.ndarray, "frames height all_widths 3"]:
+    """One film of several episodes, each of which stands still where it has ended; over when all have."""
+    last = np.where(ended.any(axis=1), ended.argmax(axis=1), ended.shape[1] - 1)
+    time = np.minimum(np.arange(last.max() + 1), last[:, None])
+    gap = [(0, 0)] * 3 + [(0, 1), (0, 0)]
+    return np.concatenate(np.pad(images[np.arange(len(images))[:, None], time], gap), axis=2)
+
+
+def save_gif(
+    frames: UInt8[np.ndarray, "time height width 3"], path: str | os.PathLike, fps: float, enlarge: int = 4
+) -> None:
+    """Writes a film that repeats; each pixel becomes `enlarge` x `enlarge` pixels."""
+    # one palette for all, from a few frames: what differs between two frames is then little, and so is the file
+    some = np.concatenate(frames[:: -(-len(frames) // 32)])
+    palette = Image.fromarray(some).quantize(255)
+    size = (frames.shape[2] * enlarge, frames.shape[1] * enlarge)
+    film = [Image.fromarray(x).quantize(palette=palette, dither=Image.Dither.NONE).resize(size, 0) for x in frames]
+    film[0].save(path, save_all=True, append_images=film[1:], duration=1000 / fps, loop=0)

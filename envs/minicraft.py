@@ -1,0 +1,155 @@
+"""A small world with a hierarchy of achievements, in pure JAX: achievement distillation on a laptop, and tests.
+
+A square meadow with a few trees, rocks and ores. Eight achievements need one another in turn: collect wood, place a
+table, make a wooden pickaxe, collect stone, make a stone pickaxe, place a furnace, collect iron, make an iron pickaxe.
+As in Crafter, which it is a miniature of, the first time that an episode achieves something is rewarded with 1.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from envs.base import AchievementEnv, State
+
+SIZE = 9
+"""Cells along each side."""
+VIEW = 5
+"""The robot sees a square of so many cells around itself."""
+GRASS, TREE, STONE, IRON, TABLE, FURNACE, WALL = range(7)
+COUNTS = {TREE: 4, STONE: 4, IRON: 2}
+"""How many of each a world has. A cell that is collected becomes grass."""
+ACTIONS = (
+    *("left", "right", "up", "down", "collect"),
+    *("place_table", "place_furnace", "make_wood_pickaxe", "make_stone_pickaxe", "make_iron_pickaxe"),
+)
+MOVES = np.array([[-1, 0], [1, 0], [0, -1], [0, 1]])
+WOOD, ROCK, ORE, WOOD_PICKAXE, STONE_PICKAXE, IRON_PICKAXE = range(6)
+"""Entries of the inventory."""
+MOST = 5
+"""Of each thing at most so many are carried."""
+
+
+class World(NamedTuple):
+    cells: Int[Array, "size size"]
+    position: Int[Array, "2"]
+    facing: Int[Array, "2"]
+    inventory: Int[Array, "6"]
+
+
+class Minicraft(AchievementEnv):
+    """Nothing ends an episode but the time limit.
+
+    Observation: the cells around the robot as indicators (beyond the edge is wall), the direction it faces, and the
+    inventory, each count divided by `MOST`.
+    """
+
+    name = "minicraft"
+    num_actions = len(ACTIONS)
+    observation_shape = (VIEW * VIEW * 7 + 2 + 6,)
+    achievement_names = (
+        *("collect_wood", "place_table", "make_wood_pickaxe", "collect_stone", "make_stone_pickaxe"),
+        *("place_furnace", "collect_iron", "make_iron_pickaxe"),
+    )
+
+    def reset(self, key: Key[Array, ""]) -> State:
+        """A new meadow: everything lies in random cells, the robot in another one."""
+        contents = jnp.concatenate([jnp.full(count, kind) for kind, count in COUNTS.items()])
+        where = jax.random.choice(key, SIZE * SIZE, (len(contents) + 1,), replace=False)
+        cells = jnp.full(SIZE * SIZE, GRASS).at[where[1:]].set(contents).reshape(SIZE, SIZE)
+        position = jnp.stack(jnp.divmod(where[0], SIZE))
+        world = World(cells, position, jnp.array([0, 1]), jnp.zeros(6, jnp.int32))
+        return self._state(world, jnp.zeros(len(self.achievement_names), bool), jnp.zeros(()))
+
+    def step(self, state: State, action: Int[Array, ""]) -> State:
+        world, achieved = act(state.physics, action)
+        achievements = state.achievements | achieved
+        reward = jnp.sum(achievements & ~state.achievements).astype(jnp.float32)
+        return self._state(world, achievements, reward)
+
+    def _state(self, world: World, achievements: Bool[Array, " achievements"], reward: Float[Array, ""]) -> State:
+        return State(world, observe(world), jnp.zeros(0), reward, jnp.zeros((), bool), achievements)
+
+    def render(self, states: State, stem: str) -> str:
+        """A GIF of up to four episodes side by side: cells in colour, the robot black, what it carries below."""
+        from envs.crafter import save_gif
+
+        films = [film(World(*world)) for world in zip(*(np.asarray(x[:4]) for x in states.physics))]
+        save_gif(np.concatenate(films, axis=2), f"{stem}.gif", fps=8)
+        return f"{stem}.gif"
+
+
+def act(world: World, action: Int[Array, ""]) -> tuple[World, Bool[Array, "8"]]:
+    """The world after an action, and which achievements the action amounts to (again, maybe)."""
+    cells, position, facing, bag = world
+    moving = action < len(MOVES)
+    facing = jnp.where(moving, jnp.asarray(MOVES)[jnp.minimum(action, len(MOVES) - 1)], facing)
+    ahead = position + facing
+    inside = jnp.all((ahead >= 0) & (ahead < SIZE))
+    kind = jnp.where(inside, cells[tuple(jnp.clip(ahead, 0, SIZE - 1))], WALL)
+    position = jnp.where(moving & (kind == GRASS), ahead, position)
+
+    around = jax.lax.dynamic_slice(jnp.pad(cells, 1, constant_values=WALL), tuple(world.position), (3, 3))
+    table, furnace = (around == TABLE).any(), (around == FURNACE).any()
+    wish = {name: action == i for i, name in enumerate(ACTIONS)}
+    room = kind == GRASS
+    done = {
+        "collect_wood": wish["collect"] & (kind == TREE) & (bag[WOOD] < MOST),
+        "place_table": wish["place_table"] & room & (bag[WOOD] >= 1),
+        "make_wood_pickaxe": wish["make_wood_pickaxe"] & table & (bag[WOOD] >= 1),
+        "collect_stone": wish["collect"] & (kind == STONE) & (bag[WOOD_PICKAXE] >= 1) & (bag[ROCK] < MOST),
+        "make_stone_pickaxe": wish["make_stone_pickaxe"] & table & (bag[WOOD] >= 1) & (bag[ROCK] >= 1),
+        "place_furnace": wish["place_furnace"] & room & table & (bag[ROCK] >= 1),
+        "collect_iron": wish["collect"] & (kind == IRON) & (bag[STONE_PICKAXE] >= 1) & (bag[ORE] < MOST),
+        "make_iron_pickaxe": wish["make_iron_pickaxe"] & table & furnace & (bag[WOOD] >= 1) & (bag[ORE] >= 1),
+    }
+    change = {  # wood, rock, ore, pickaxes of wood, stone, iron
+        "collect_wood": [1, 0, 0, 0, 0, 0],
+        "place_table": [-1, 0, 0, 0, 0, 0],
+        "make_wood_pickaxe": [-1, 0, 0, 1, 0, 0],
+        "collect_stone": [0, 1, 0, 0, 0, 0],
+        "make_stone_pickaxe": [-1, -1, 0, 0, 1, 0],
+        "place_furnace": [0, -1, 0, 0, 0, 0],
+        "collect_iron": [0, 0, 1, 0, 0, 0],
+        "make_iron_pickaxe": [-1, 0, -1, 0, 0, 1],
+    }
+    achieved = jnp.stack([done[name] for name in Minicraft.achievement_names])
+    bag = bag + achieved @ jnp.array([change[name] for name in Minicraft.achievement_names])
+    # a tree stays, so that wood never runs out
+    collected = done["collect_stone"] | done["collect_iron"]
+    new = jnp.where(done["place_table"], TABLE, jnp.where(done["place_furnace"], FURNACE, kind))
+    new = jnp.where(collected, GRASS, new)
+    cells = cells.at[tuple(jnp.where(inside, ahead, SIZE))].set(new, mode="drop")
+    return World(cells, position, facing, jnp.minimum(bag, MOST)), achieved
+
+
+def observe(world: World) -> Float[Array, " observation"]:
+    margin = VIEW // 2
+    padded = jnp.pad(world.cells, margin, constant_values=WALL)
+    view = jax.lax.dynamic_slice(padded, tuple(world.position), (VIEW, VIEW))
+    parts = jax.nn.one_hot(view, 7).reshape(-1), world.facing.astype(jnp.float32), world.inventory / MOST
+    return jnp.concatenate(parts)
+
+
+COLOURS = np.array(
+    [[124, 179, 66], [27, 94, 32], [140, 140, 140], [214, 140, 80], [121, 85, 72], [200, 60, 40], [0] * 3]
+)
+
+
+def film(worlds: World, cell: int = 16) -> np.ndarray:
+    """Frames (time, height, width, 3) in uint8 of worlds with a leading axis of time."""
+    frames = []
+    for cells, position, facing, bag in zip(*worlds):
+        picture = COLOURS[cells].repeat(cell, 0).repeat(cell, 1)
+        x, y = position * cell + cell // 2
+        picture[x - 5 : x + 5, y - 5 : y + 5] = 0
+        x, y = x + 4 * facing[0], y + 4 * facing[1]
+        picture[x - 2 : x + 2, y - 2 : y + 2] = 255
+        shelf = np.full((cell, SIZE * cell, 3), 40)
+        for i, (count, kind) in enumerate(zip(bag, (TREE, STONE, IRON, TREE, STONE, IRON))):
+            width = 2 * count if i < 3 else 10 * min(count, 1)
+            shelf[3:13, 4 + 24 * i : 4 + 24 * i + width] = COLOURS[kind]
+        frames.append(np.pad(np.concatenate([picture.swapaxes(0, 1), shelf]), ((0, 0), (0, 6), (0, 0))))
+    return np.stack(frames).astype(np.uint8)
