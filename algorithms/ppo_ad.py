@@ -550,9 +550,7 @@ def dykstra_plan(cost, rows, columns, config: Config):
     def iterate(_, carry):
         plan, corrections = carry
         updated = []
-        for project, correction in zip(
-            (partial(at_most_one, axis=1), partial(at_most_one, axis=0), to_mass), corrections
-        ):
+        for project, correction in zip(projections, corrections):
             before, plan = plan, project(plan * correction)
             updated.append(correction * ratio(before, plan))
         return plan, tuple(updated)
