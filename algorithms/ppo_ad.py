@@ -782,7 +782,7 @@ def learn(config: Config, state: TrainState, acting: Acting, rollout: Rollout) -
     returns = advantage + steps.value
     standard = (advantage - advantage.mean()) / (advantage.std(ddof=1) + 1e-8)
     data = Batch(steps.observation, steps.action, steps.log_prob, steps.memory, standard, returns)
-    data = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), data)
+    data = jax.tree.map(flatten, data)
     count = rollout_steps(config)
 
     def one_step(carry, indices):
@@ -814,6 +814,10 @@ def learn(config: Config, state: TrainState, acting: Acting, rollout: Rollout) -
         key=key,
     )
     return state, info
+
+
+def flatten(x: Shaped[Array, "a b ..."]) -> Shaped[Array, "a*b ..."]:
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def descend(config: Config, agent: Agent, gradient: Agent, optimizer: optax.OptState) -> tuple[Agent, optax.OptState]:
@@ -918,7 +922,7 @@ def distil(config: Config, state: TrainState) -> tuple[TrainState, dict]:
     key, phase_key = jax.random.split(state.key)
     window = state.window
     episodes = find_episodes(window.first, window.unlocked, len(state.scores.successes))
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), window)
+    flat = jax.tree.map(flatten, window)
 
     def before(row):  # of the policy and the value, at the start of the phase
         observation, memory = row

@@ -2,10 +2,10 @@
 
     python results/random_crafter.py
 
-Writes random_crafter.csv. Actions are uniform, episodes end by death (none comes near the limit of 10,000 steps). Rates
-are in percent of episodes; the score is Crafter's, exp(mean of ln(1 + rate)) - 1 over all achievements. `reference` is an
-earlier, independent measurement: as many episodes of crafter 1.8.3, without any code from here. `error` is the
-standard error of the difference of the two, and `z` the difference in such errors.
+Writes random_crafter.csv. Actions are uniform, episodes end by death (none comes near the limit of 10,000 steps).
+Rates are in percent of episodes; the score is Crafter's, exp(mean of ln(1 + rate)) - 1 over all achievements.
+`reference` is an earlier, independent measurement: as many episodes of crafter 1.8.3, without any code from here.
+`error` is the standard error of the difference of the two, and `z` the difference in such errors.
 """
 
 import csv
@@ -48,10 +48,11 @@ def play(episodes: int, num_envs: int, seed: int = 0) -> Episodes:
     each = -(-episodes // num_envs)
     while min(map(len, seen)) < each:
         state, transition = step(state, actions.integers(pool.env.num_actions, size=num_envs, dtype=np.int32))
+        transition = jax.tree.map(np.asarray, transition)
         length += 1
         total_reward += transition.reward
         for i in np.flatnonzero(transition.terminated | transition.truncated):
-            seen[i].append((length[i], total_reward[i], np.asarray(transition.achievements[i])))
+            seen[i].append((length[i], total_reward[i], transition.achievements[i]))
             length[i] = total_reward[i] = 0
     pool.close()
     return Episodes(*map(np.array, zip(*(episode for world in seen for episode in world[:each]))))
