@@ -6,6 +6,7 @@ leaves the compiled program for the processes of envs/crafter_worker.py, and ret
 """
 
 import contextlib
+import importlib.util
 import itertools
 import logging
 import os
@@ -36,8 +37,9 @@ class Crafter(AchievementEnv):
     Reward: 1 for a step that unlocks achievements for the first time in the episode, and 0.1 for each of the 9 points
     of health won or lost. Death ends an episode; the time limit is `CrafterPool`'s (published: 10,000 steps).
 
-    Worlds are generated about 15 times faster (0.05 s instead of 0.8 s) where the package numba is installed, and are
-    the same ones.
+    Where the package numba is installed, the same worlds are generated about 15 times faster (0.05 s instead of 0.8 s);
+    the very first start then takes longer, for compiling. numba keeps the result beside the package or under the home
+    directory; where it may write to neither, set NUMBA_CACHE_DIR.
 
     Args:
       workers: how many processes step the worlds; by default one for each, but no more than 8 or the number of cores.
@@ -59,10 +61,9 @@ class Crafter(AchievementEnv):
     def __init__(self, workers: int | float = 0):
         if workers < 0 or workers != int(workers):
             raise ValueError(f"option workers of crafter is {workers}; it is a whole number, 0 or more")
-        try:
-            import crafter  # noqa: F401
-        except ImportError as error:
-            raise ValueError(f"crafter needs a package: {error}; pip install -e '.[crafter]'") from None
+        # not imported: with it comes numba, which only the workers need
+        if importlib.util.find_spec("crafter") is None:
+            raise ValueError("the package crafter is not installed; pip install -e '.[crafter]'")
         self.workers = int(workers)
 
     def reset(self, key: Key[Array, ""]) -> State:
@@ -78,7 +79,7 @@ class Crafter(AchievementEnv):
     def render(self, states: State, stem: str) -> str:
         """A GIF of the first episodes side by side; each stays as it was when it ended."""
         states = jax.tree.map(lambda x: np.asarray(x[:EPISODES_DRAWN]), (states.observation, states.terminated))
-        save_gif(side_by_side(*states), f"{stem}.gif", fps=10)
+        save_gif(side_by_side(*states), f"{stem}.gif", fps=10.0)
         return f"{stem}.gif"
 
 

@@ -1,7 +1,7 @@
 """A small world with a hierarchy of achievements, in pure JAX: achievement distillation on a laptop, and tests.
 
-A square meadow with a few trees, rocks and ores. Eight achievements need one another in turn: collect wood, place a
-table, make a wooden pickaxe, collect stone, make a stone pickaxe, place a furnace, collect iron, make an iron pickaxe.
+A square meadow with a few trees, rocks and ores. Seven achievements need one another in turn: collect wood, place a
+table, make a wooden pickaxe, collect stone, make a stone pickaxe, collect iron, make an iron pickaxe.
 As in Crafter, which it is a miniature of, the first time that an episode achieves something is rewarded with 1.
 """
 
@@ -14,16 +14,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from envs.base import AchievementEnv, State
 
-SIZE = 9
+SIZE = 7
 """Cells along each side."""
 VIEW = 5
 """The robot sees a square of so many cells around itself."""
-GRASS, TREE, STONE, IRON, TABLE, FURNACE, WALL = range(7)
-COUNTS = {TREE: 4, STONE: 4, IRON: 2}
+GRASS, TREE, STONE, IRON, TABLE, WALL = range(6)
+COUNTS = {TREE: 3, STONE: 3, IRON: 2}
 """How many of each a world has. A cell that is collected becomes grass."""
 ACTIONS = (
-    *("left", "right", "up", "down", "collect"),
-    *("place_table", "place_furnace", "make_wood_pickaxe", "make_stone_pickaxe", "make_iron_pickaxe"),
+    *("left", "right", "up", "down", "collect", "place_table"),
+    *("make_wood_pickaxe", "make_stone_pickaxe", "make_iron_pickaxe"),
 )
 MOVES = np.array([[-1, 0], [1, 0], [0, -1], [0, 1]])
 WOOD, ROCK, ORE, WOOD_PICKAXE, STONE_PICKAXE, IRON_PICKAXE = range(6)
@@ -48,10 +48,10 @@ class Minicraft(AchievementEnv):
 
     name = "minicraft"
     num_actions = len(ACTIONS)
-    observation_shape = (VIEW * VIEW * 7 + 2 + 6,)
+    observation_shape = (VIEW * VIEW * 6 + 2 + 6,)
     achievement_names = (
         *("collect_wood", "place_table", "make_wood_pickaxe", "collect_stone", "make_stone_pickaxe"),
-        *("place_furnace", "collect_iron", "make_iron_pickaxe"),
+        *("collect_iron", "make_iron_pickaxe"),
     )
 
     def reset(self, key: Key[Array, ""]) -> State:
@@ -81,7 +81,7 @@ class Minicraft(AchievementEnv):
         return f"{stem}.gif"
 
 
-def act(world: World, action: Int[Array, ""]) -> tuple[World, Bool[Array, "8"]]:
+def act(world: World, action: Int[Array, ""]) -> tuple[World, Bool[Array, "7"]]:
     """The world after an action, and which achievements the action amounts to (again, maybe)."""
     cells, position, facing, bag = world
     moving = action < len(MOVES)
@@ -92,35 +92,31 @@ def act(world: World, action: Int[Array, ""]) -> tuple[World, Bool[Array, "8"]]:
     position = jnp.where(moving & (kind == GRASS), ahead, position)
 
     around = jax.lax.dynamic_slice(jnp.pad(cells, 1, constant_values=WALL), tuple(world.position), (3, 3))
-    table, furnace = (around == TABLE).any(), (around == FURNACE).any()
+    table = (around == TABLE).any()
     wish = {name: action == i for i, name in enumerate(ACTIONS)}
-    room = kind == GRASS
     done = {
         "collect_wood": wish["collect"] & (kind == TREE) & (bag[WOOD] < MOST),
-        "place_table": wish["place_table"] & room & (bag[WOOD] >= 1),
+        "place_table": wish["place_table"] & (kind == GRASS) & (bag[WOOD] >= 1),
         "make_wood_pickaxe": wish["make_wood_pickaxe"] & table & (bag[WOOD] >= 1),
         "collect_stone": wish["collect"] & (kind == STONE) & (bag[WOOD_PICKAXE] >= 1) & (bag[ROCK] < MOST),
-        "make_stone_pickaxe": wish["make_stone_pickaxe"] & table & (bag[WOOD] >= 1) & (bag[ROCK] >= 1),
-        "place_furnace": wish["place_furnace"] & room & table & (bag[ROCK] >= 1),
+        "make_stone_pickaxe": wish["make_stone_pickaxe"] & table & (bag[ROCK] >= 1),
         "collect_iron": wish["collect"] & (kind == IRON) & (bag[STONE_PICKAXE] >= 1) & (bag[ORE] < MOST),
-        "make_iron_pickaxe": wish["make_iron_pickaxe"] & table & furnace & (bag[WOOD] >= 1) & (bag[ORE] >= 1),
+        "make_iron_pickaxe": wish["make_iron_pickaxe"] & table & (bag[ORE] >= 1),
     }
     change = {  # wood, rock, ore, pickaxes of wood, stone, iron
         "collect_wood": [1, 0, 0, 0, 0, 0],
         "place_table": [-1, 0, 0, 0, 0, 0],
         "make_wood_pickaxe": [-1, 0, 0, 1, 0, 0],
         "collect_stone": [0, 1, 0, 0, 0, 0],
-        "make_stone_pickaxe": [-1, -1, 0, 0, 1, 0],
-        "place_furnace": [0, -1, 0, 0, 0, 0],
+        "make_stone_pickaxe": [0, -1, 0, 0, 1, 0],
         "collect_iron": [0, 0, 1, 0, 0, 0],
-        "make_iron_pickaxe": [-1, 0, -1, 0, 0, 1],
+        "make_iron_pickaxe": [0, 0, -1, 0, 0, 1],
     }
     achieved = jnp.stack([done[name] for name in Minicraft.achievement_names])
     bag = bag + achieved @ jnp.array([change[name] for name in Minicraft.achievement_names])
     # a tree stays, so that wood never runs out
     collected = done["collect_stone"] | done["collect_iron"]
-    new = jnp.where(done["place_table"], TABLE, jnp.where(done["place_furnace"], FURNACE, kind))
-    new = jnp.where(collected, GRASS, new)
+    new = jnp.where(done["place_table"], TABLE, jnp.where(collected, GRASS, kind))
     cells = cells.at[tuple(jnp.where(inside, ahead, SIZE))].set(new, mode="drop")
     return World(cells, position, facing, jnp.minimum(bag, MOST)), achieved
 
@@ -129,7 +125,7 @@ def observe(world: World) -> Float[Array, " observation"]:
     margin = VIEW // 2
     padded = jnp.pad(world.cells, margin, constant_values=WALL)
     view = jax.lax.dynamic_slice(padded, tuple(world.position), (VIEW, VIEW))
-    parts = jax.nn.one_hot(view, 7).reshape(-1), world.facing.astype(jnp.float32), world.inventory / MOST
+    parts = jax.nn.one_hot(view, 6).reshape(-1), world.facing.astype(jnp.float32), world.inventory / MOST
     return jnp.concatenate(parts)
 
 

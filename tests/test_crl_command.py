@@ -1,19 +1,14 @@
 """crl.py as a user runs it: killed, resumed, stopped, gone wrong. Tiny settings, real processes."""
 
-import csv
 import os
-import random
 import re
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
+import commands
 import pytest
+from commands import Script, metrics
 
 from algorithms import crl
-from shared.run import TIMING_COLUMNS
 
 TINY = [
     *("--num_envs=8", "--episode_length=20", "--unroll_length=10", "--updates_per_chunk=4", "--batch_size=16"),
@@ -22,43 +17,13 @@ TINY = [
 ]
 
 
-def command(*flags):
-    return [sys.executable, crl.__file__, *flags]
+SCRIPT = Script(crl)
+run_to_end, start_and_signal = SCRIPT.run, SCRIPT.signalled
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Compiled programs, shared by the processes of this file where nothing hangs on compiling anew."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
-def run_to_end(*flags, cwd, code=0, env=None):
-    options = {"cwd": cwd, "env": {**os.environ, **(env or {})}, "capture_output": True, "text": True}
-    done = subprocess.run(command(*flags), timeout=300, check=False, **options)
-    assert done.returncode == code, done.stderr
-    return done
-
-
-def metrics(folder):
-    rows = list(csv.DictReader((Path(folder) / "metrics.csv").open()))
-    return [{k: v for k, v in row.items() if k not in TIMING_COLUMNS} for row in rows]
-
-
-def start_and_signal(number, folder, flags, cwd, rows, env):
-    """Starts a run, waits for that many rows of metrics and a random moment more, and sends the signal."""
-    options = {"cwd": cwd, "env": {**os.environ, **env}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command(*flags), text=True, **options)
-    path, deadline = Path(folder) / "metrics.csv", time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < deadline:
-        if path.exists() and path.read_bytes().count(b"\n") > rows:
-            time.sleep(random.random() * 0.2)
-            break
-        time.sleep(0.002)
-    process.send_signal(number)
-    return *process.communicate(timeout=100), process.wait()
+    return commands.cache(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

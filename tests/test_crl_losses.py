@@ -191,7 +191,9 @@ def test_many_seeds_at_once_equal_each_seed_alone(setting):
 
     def chunk(config, keys):
         state = jax.vmap(lambda key: crl.init(config, env, key))(keys)
-        return jax.jit(run.over_seeds(config.num_seeds, lambda s: crl.learn(config, env, crl.collect(config, env, s))))(state)
+        return jax.jit(run.over_seeds(config.num_seeds, lambda s: crl.learn(config, env, crl.collect(config, env, s))))(
+            state
+        )
 
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
     both, info = chunk(together, keys)

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-from pathlib import Path
 from typing import Literal
 
 import jax
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from algorithms import crl
 from shared import run
 
 
@@ -251,104 +249,3 @@ def test_a_missing_logger_is_named(tmp_path, monkeypatch):
     with pytest.raises(run.UserError, match=r"--wandb needs packages that are missing: pip install"):
         run.Run(Config(run_dir=str(tmp_path / "w"), wandb=True), "test")
     run.Run(Config(run_dir=str(tmp_path / "w")), "test")  # the folder is not taken
-
-
-# ---- crl.py ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--env=point_umaze"], r"unknown environment 'point_umaze'; did you mean .*point_u_maze"),
-        (["--dept=8"], r"dept.*depth"),
-        (["--depth=6"], r"depth is 6; it is a positive multiple of 4, e.g. 8"),
-        (["--depth=0"], r"depth is 0; it is a positive multiple of 4, e.g. 4"),
-        (["--actor_depth=2"], r"actor_depth is 2; it is a positive multiple of 4"),
-        (["--critic_depth=5"], r"critic_depth is 5"),
-        (["--batch_size=0"], r"batch_size is 0; it is at least 1"),
-        (["--num_envs=0"], r"num_envs is 0; it is at least 1"),
-        (["--num_seeds=-1"], r"num_seeds is -1; it is at least 1"),
-        (["--discount=1"], r"discount is 1.0; it lies strictly between 0 and 1"),
-        (["--discount=0"], r"discount is 0.0; it lies strictly between 0 and 1"),
-        (["--max_replay_size=50"], r"max_replay_size is 50; it holds at least an episode \(100 steps\)"),
-        (["--min_replay_size=5000"], r"min_replay_size is 5000; it lies in 2 to max_replay_size"),
-        (["--random_goals=1.5"], r"random_goals is 1.5; it lies in \[0, 1\]"),
-        (["--total_env_steps=10"], r"total_env_steps is 10; it must exceed the prefill of 25600"),
-        (["--loss=nce"], r"fwd_infonce\|bwd_infonce\|sym_infonce\|binary_nce"),
-        (["--resume=/tmp"], r"/tmp is not a run folder"),
-        (["--run_dir=" + "x" * 300], r"cannot write run folder x+: File name too long"),
-        (["--run_dir=/proc/nowhere"], r"cannot write run folder /proc/nowhere: .*; choose a --run_dir"),
-        (
-            ["--eval_env=point_u4_maze_eval"],
-            r"eval_env point_u4_maze_eval has another robot, other walls or another time step than point_u_maze",
-        ),
-        (["--env=humanoid_u4_mase"], r"unknown environment 'humanoid_u4_mase'; did you mean humanoid_u4_maze"),
-        (["--env=ant_big_maze_gen_1f"], r"maze 'big_maze_gen_1f' is not one corridor"),
-        (["--env=ant_u_maze_gen_9f"], r"maze 'u_maze_gen_9f': '9f' is no list of distances"),
-        (
-            ["--env=arm_push_easy", "--eval_env=arm_binpick_hard"],
-            r"eval_env arm_binpick_hard has another robot, other walls",
-        ),
-        (
-            ["--env=humanoid", "--eval_env=humanoid_jaxgcrl"],
-            r"eval_env humanoid_jaxgcrl has another robot, other walls",
-        ),
-        (
-            ["--env=humanoid", "--env_options=control_step=0"],
-            r"control_step is 0.0; it is a number of seconds, above 0",
-        ),
-        (["--env=humanoid", "--env_options=control_step=NaN"], r"control_step is nan; it is a number of seconds"),
-        (["--env_options=walls"], r"env_options has 'walls'; write name=value"),
-        (["--env_options=merged_walls=true"], r"point_u_maze has no option 'merged_walls'; it has none"),
-        (["--env=ant", "--env_options=merged_walls=7"], r"option merged_walls of ant is 7; it is true or false"),
-    ],
-)
-def test_bad_input_is_one_line_before_any_compilation(flags, message, capsys, monkeypatch, tmp_path):
-    def compiled(*_):
-        raise AssertionError("went on to compile")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run.Run, "compile", compiled)
-    with pytest.raises(SystemExit) as exit_:
-        crl.main(["crl.py", *flags])
-    assert exit_.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1
-    assert re.match("error: .*" + message, err)
-    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
-
-
-SCRIPT = Path(crl.__file__)
-FIELDS = [field.name for field in dataclasses.fields(crl.Config)]
-
-
-def test_every_field_has_a_docstring():
-    assert set(run.field_docs(crl.Config)) == set(FIELDS)
-
-
-@pytest.mark.parametrize("field", FIELDS)
-def test_every_field_is_read_by_the_program(field):
-    """Not counting the functions that only check or print the settings."""
-    source = SCRIPT.read_text() + Path(run.__file__).read_text()
-    for function in ("check", "describe"):
-        source = re.sub(rf"^def {function}\(.*?(?=^\S)", "", source, flags=re.DOTALL | re.MULTILINE)
-    assert re.search(rf"config\.{field}\b", source)
-
-
-def test_every_recipe_names_fields():
-    for recipe in crl.RECIPES.values():
-        assert set(recipe) <= set(FIELDS)
-
-
-def test_every_metric_and_flag_is_explained_on_the_page():
-    page = SCRIPT.with_suffix(".md").read_text()
-    config = crl.Config(**crl.RECIPES["point_*"])
-    env, far = crl.make_envs(config)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda key: crl.init(config, env, key), key)
-    train = jax.eval_shape(lambda state: crl.learn(config, env, state), state)[1]
-    scores = jax.eval_shape(lambda a, k: crl.evaluate(config, env, far, a, k), state.actor, key)
-    for name in [*train, *scores, "env_steps", "gradient_steps", *run.TIMING_COLUMNS]:
-        assert f"`{name}`" in page, f"{name} is not on the page"
-    for name in FIELDS:
-        assert f"`--{name}`" in page, f"--{name} is not on the page"

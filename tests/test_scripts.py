@@ -1,0 +1,153 @@
+"""What holds for every script: its flags, its page, and what it says to bad input. Nothing here compiles."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from algorithms import crl, ppo_ad
+from shared import run
+
+BAD_INPUT = {
+    crl: [
+        (["--env=point_umaze"], r"unknown environment 'point_umaze'; did you mean .*point_u_maze"),
+        (["--dept=8"], r"dept.*depth"),
+        (["--depth=6"], r"depth is 6; it is a positive multiple of 4, e.g. 8"),
+        (["--depth=0"], r"depth is 0; it is a positive multiple of 4, e.g. 4"),
+        (["--actor_depth=2"], r"actor_depth is 2; it is a positive multiple of 4"),
+        (["--critic_depth=5"], r"critic_depth is 5"),
+        (["--batch_size=0"], r"batch_size is 0; it is at least 1"),
+        (["--num_envs=0"], r"num_envs is 0; it is at least 1"),
+        (["--num_seeds=-1"], r"num_seeds is -1; it is at least 1"),
+        (["--discount=1"], r"discount is 1.0; it lies strictly between 0 and 1"),
+        (["--discount=0"], r"discount is 0.0; it lies strictly between 0 and 1"),
+        (["--max_replay_size=50"], r"max_replay_size is 50; it holds at least an episode \(100 steps\)"),
+        (["--min_replay_size=5000"], r"min_replay_size is 5000; it lies in 2 to max_replay_size"),
+        (["--random_goals=1.5"], r"random_goals is 1.5; it lies in \[0, 1\]"),
+        (["--total_env_steps=10"], r"total_env_steps is 10; it must exceed the prefill of 25600"),
+        (["--loss=nce"], r"fwd_infonce\|bwd_infonce\|sym_infonce\|binary_nce"),
+        (["--resume=/tmp"], r"/tmp is not a run folder"),
+        (["--run_dir=" + "x" * 300], r"cannot write run folder x+: File name too long"),
+        (["--run_dir=/proc/nowhere"], r"cannot write run folder /proc/nowhere: .*; choose a --run_dir"),
+        (
+            ["--eval_env=point_u4_maze_eval"],
+            r"eval_env point_u4_maze_eval has another robot, other walls or another time step than point_u_maze",
+        ),
+        (["--env=humanoid_u4_mase"], r"unknown environment 'humanoid_u4_mase'; did you mean humanoid_u4_maze"),
+        (["--env=ant_big_maze_gen_1f"], r"maze 'big_maze_gen_1f' is not one corridor"),
+        (["--env=ant_u_maze_gen_9f"], r"maze 'u_maze_gen_9f': '9f' is no list of distances"),
+        (
+            ["--env=arm_push_easy", "--eval_env=arm_binpick_hard"],
+            r"eval_env arm_binpick_hard has another robot, other walls",
+        ),
+        (
+            ["--env=humanoid", "--eval_env=humanoid_jaxgcrl"],
+            r"eval_env humanoid_jaxgcrl has another robot, other walls",
+        ),
+        (
+            ["--env=humanoid", "--env_options=control_step=0"],
+            r"control_step is 0.0; it is a number of seconds, above 0",
+        ),
+        (["--env=humanoid", "--env_options=control_step=NaN"], r"control_step is nan; it is a number of seconds"),
+        (["--env_options=walls"], r"env_options has 'walls'; write name=value"),
+        (["--env_options=merged_walls=true"], r"point_u_maze has no option 'merged_walls'; it has none"),
+        (["--env=ant", "--env_options=merged_walls=7"], r"option merged_walls of ant is 7; it is true or false"),
+        (["--env=minicraft"], r"minicraft has no goals to reach; its achievements are for ppo_ad.py"),
+    ],
+    ppo_ad: [
+        (["--env=craftax_pixels"], r"unknown environment 'craftax_pixels'; did you mean .*craftax_classic_pixels"),
+        (["--env=ant_u_maze"], r"ant_u_maze has no achievements to unlock; take one of .*minicraft"),
+        (["--env=crafter", "--num_seeds=2"], r"num_seeds is 2; crafter runs outside of JAX, so it is 1"),
+        (["--env_options=size=3"], r"minicraft has no option 'size'; it has none"),
+        (["--num_minibatches=3"], r"num_minibatches is 3; it divides num_envs x unroll_length \(2048\), as [24] does"),
+        (["--num_envs=0"], r"num_envs is 0; it is at least 1"),
+        (["--latent_size=0"], r"latent_size is 0; it is at least 1"),
+        (["--temperature=0"], r"temperature is 0.0; it is above 0"),
+        (["--learning_rate=-1"], r"learning_rate is -1.0; it is above 0"),
+        (["--entropy_weight=-1"], r"entropy_weight is -1.0; it is at least 0"),
+        (["--discount=1"], r"discount is 1.0; it lies strictly between 0 and 1"),
+        (["--gae_lambda=2"], r"gae_lambda is 2.0; it lies in \[0, 1\]"),
+        (["--match_threshold=0.4"], r"match_threshold is 0.4; it lies in \[0.5, 1\), so that matches are one to one"),
+        (["--auxiliary_every=1", "--unroll_length=2"], r"auxiliary_every x unroll_length is below 3 steps"),
+        (["--transport=exact"], r"sinkhorn\|dykstra"),
+        (["--resume=/tmp"], r"/tmp is not a run folder"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), [(s, *case) for s in BAD_INPUT for case in BAD_INPUT[s]])
+def test_bad_input_is_one_line_before_any_compilation(script, flags, message, capsys, monkeypatch, tmp_path):
+    def compiled(*_):
+        raise AssertionError("went on to compile")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.Run, "compile", compiled)
+    with pytest.raises(SystemExit) as exit_:
+        script.main(["script.py", *flags])
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert re.match("error: .*" + message, err)
+    assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
+
+
+def crl_metrics() -> list[str]:
+    config = crl.Config(**crl.RECIPES["point_*"])
+    env, far = crl.make_envs(config)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda key: crl.init(config, env, key), key)
+    train = jax.eval_shape(lambda state: crl.learn(config, env, state), state)[1]
+    scores = jax.eval_shape(lambda a, k: crl.evaluate(config, env, far, a, k), state.actor, key)
+    return [*train, *scores, "env_steps", "gradient_steps"]
+
+
+def ppo_ad_metrics() -> list[str]:
+    config = ppo_ad.Config(**ppo_ad.RECIPES["minicraft"], probe=True)
+    vector = ppo_ad.make_env(config).vectorise(config.num_envs, config.episode_length)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda key: ppo_ad.init(config, vector, key), key)
+
+    def chunk(state, key):
+        acting, rollout = ppo_ad.collect(config, vector, state.agent, state.normaliser, state.acting, key)
+        state, info = ppo_ad.learn(config, state, acting, rollout)
+        return info | ppo_ad.distil(config, state)[1] | ppo_ad.evaluate(config, vector, state.agent, key)
+
+    names = [*jax.eval_shape(chunk, state, key), *ppo_ad.count(config, state._replace(rollouts=jnp.zeros(1, int)))]
+    return [re.sub("success/.*", "success/<achievement>", name) for name in names]
+
+
+METRICS = {crl: crl_metrics, ppo_ad: ppo_ad_metrics}
+SCRIPTS = list(METRICS)
+FIELDS = [(script, field.name) for script in SCRIPTS for field in dataclasses.fields(script.Config)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_field_has_a_docstring(script):
+    assert set(run.field_docs(script.Config)) == {field.name for field in dataclasses.fields(script.Config)}
+
+
+@pytest.mark.parametrize(("script", "field"), FIELDS)
+def test_every_field_is_read_by_the_program(script, field):
+    """Not counting the functions that only check or print the settings."""
+    source = Path(script.__file__).read_text() + Path(run.__file__).read_text()
+    for function in ("check", "describe"):
+        source = re.sub(rf"^def {function}\(.*?(?=^\S)", "", source, flags=re.DOTALL | re.MULTILINE)
+    assert re.search(rf"config\.{field}\b", source)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_recipe_names_fields(script):
+    for recipe in script.RECIPES.values():
+        assert set(recipe) <= {field.name for field in dataclasses.fields(script.Config)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_metric_and_flag_is_explained_on_the_page(script):
+    page = Path(script.__file__).with_suffix(".md").read_text()
+    for name in [*METRICS[script](), "seed", *run.TIMING_COLUMNS]:
+        assert f"`{name}`" in page, f"{name} is not on the page"
+    for field in dataclasses.fields(script.Config):
+        assert f"`--{field.name}`" in page, f"--{field.name} is not on the page"
