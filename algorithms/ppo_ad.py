@@ -580,6 +580,8 @@ class Acting(NamedTuple):
     episode_return: Float[Array, " envs"]
     """Sum of rewards in the episode so far."""
     episode_steps: Int[Array, " envs"]
+    key: Key[Array, ""]
+    """Where the next rollout draws from."""
 
 
 class Window(NamedTuple):
@@ -623,7 +625,8 @@ def adam(config: Config) -> optax.GradientTransformation:
 
 
 def start_acting(config: Config, vector: VectorEnv, key: Key[Array, ""]) -> Acting:
-    current, n = vector.reset(key), vector.num_envs
+    reset_key, key = jax.random.split(key)
+    current, n = vector.reset(reset_key), vector.num_envs
     return Acting(
         envs=current,
         latent=jnp.zeros((n, config.latent_size)),
@@ -632,6 +635,7 @@ def start_acting(config: Config, vector: VectorEnv, key: Key[Array, ""]) -> Acti
         first=jnp.zeros(n, bool),
         episode_return=jnp.zeros(n),
         episode_steps=jnp.zeros(n, jnp.int32),
+        key=key,
     )
 
 
@@ -749,6 +753,7 @@ def step(
         first=done,
         episode_return=jnp.where(done, 0, episode_return),
         episode_steps=jnp.where(done, 0, episode_steps),
+        key=acting.key,
     )
     return acting, row
 
@@ -762,10 +767,12 @@ class Rollout(NamedTuple):
 
 
 def collect(
-    config: Config, vector: VectorEnv, agent: Agent, normaliser: Normaliser, acting: Acting, key: Key[Array, ""]
+    config: Config, vector: VectorEnv, agent: Agent, normaliser: Normaliser, acting: Acting
 ) -> tuple[Acting, Rollout]:
     """A rollout. The memory for the first step of the next one is made here, with the weights that acted here."""
-    keys = jax.random.split(key, config.unroll_length)
+    key, rollout_key = jax.random.split(acting.key)
+    keys = jax.random.split(rollout_key, config.unroll_length)
+    acting = acting._replace(key=key)
     acting, steps = jax.lax.scan(partial(step, config, vector, agent, normaliser), acting, keys)
     latent = encode(agent, acting.envs.env.observation)
     memory = recall(acting, latent)
@@ -1340,48 +1347,60 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
     # what is rebuilt is donated; collecting is not, so that the state outlives an environment that fails
     jit = lambda function, donate=(): jax.jit(batched(partial(function, config)), donate_argnums=donate)
     collecting = jax.jit(batched(partial(collect, config, vector)))
-    collecting = log.compile("collect", collecting, shapes.agent, shapes.normaliser, shapes.acting, seeds)
+    collecting = log.compile("collect", collecting, shapes.agent, shapes.normaliser, shapes.acting)
     learning = log.compile("learn", jit(learn, 0), shapes, *collecting.out_info)
     evaluating = log.compile("evaluate", jax.jit(batched(partial(evaluate, config, eval_vector))), shapes.agent, seeds)
     distilling = log.compile("distil", jit(distil, 0), shapes) if distills(config) else None
     columns = [*learning.out_info[1], *(distilling.out_info[1] if distilling else ()), *evaluating.out_info]
 
     state, steps = log.restore(shapes) if log.resumed else (None, None)
-    if state is None:
-        log.progress.show("initialising")
-        state = begin(seeds)
-        steps = count(config, state)
-        log.save(state, steps)
-
-    score = ""
-    log.start_clock(steps["env_steps"])
-    while steps["env_steps"] < config.total_env_steps and not log.stopping:
-        before = steps
-        keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(state.key)
-        acting, rollout = collecting(state.agent, state.normaliser, state.acting, keys)
-        state, info = learning(state, acting, rollout)
-        steps = count(config, state)
-        if distilling and steps["env_steps"] // rollout_steps(config) % config.auxiliary_every == 0:
-            state, more = distilling(state)
-            info |= more
-        metrics = jax.tree.map(np.asarray, info)
-        check_finite(metrics, steps, state)
-        if log.due(config.eval_every, before, steps):
-            keys = jax.vmap(lambda seed, step: jax.random.fold_in(evaluation_key(seed), step), (0, None))(
-                seed_numbers, steps["env_steps"]
-            )
-            metrics |= jax.tree.map(np.asarray, evaluating(state.agent, keys))
-            score = f"score {metrics['eval/score'].mean():.2f}"
-            log.print(summary(steps, metrics))
-        log.log(steps, metrics, columns)
-        log.show(steps["env_steps"], score)
-        if log.due(config.checkpoint_every, before, steps):
+    try:
+        if state is None:
+            log.progress.show("initialising")
+            state = begin(seeds)
+            steps = count(config, state)
             log.save(state, steps)
-
-    if log.stopping:
-        log.save(state, steps)
-        log.stopped(f"at env step {steps['env_steps']:,}")
-    draw(config, eval_vector, state, log)
+        elif not vector.env.in_jax:
+            log.progress.show("replaying the episodes that were going on")
+            vector.restore(jax.tree.map(lambda x: x[0], state.acting.envs))
+        score = ""
+        log.start_clock(steps["env_steps"])
+        while steps["env_steps"] < config.total_env_steps and not log.stopping:
+            before = steps
+            acting, rollout = jax.block_until_ready(collecting(state.agent, state.normaliser, state.acting))
+            state, info = learning(state, acting, rollout)
+            steps = count(config, state)
+            if distilling and steps["env_steps"] // rollout_steps(config) % config.auxiliary_every == 0:
+                state, more = distilling(state)
+                info |= more
+            metrics = jax.tree.map(np.asarray, info)
+            check_finite(metrics, steps, state)
+            if log.due(config.eval_every, before, steps):
+                keys = jax.vmap(lambda seed, step: jax.random.fold_in(evaluation_key(seed), step), (0, None))(
+                    seed_numbers, steps["env_steps"]
+                )
+                metrics |= jax.tree.map(np.asarray, evaluating(state.agent, keys))
+                eval_vector.close()
+                score = f"score {metrics['eval/score'].mean():.2f}"
+                log.print(summary(steps, metrics))
+            log.log(steps, metrics, columns)
+            log.show(steps["env_steps"], score)
+            if log.due(config.checkpoint_every, before, steps):
+                log.save(state, steps)
+        if log.stopping:
+            log.save(state, steps)
+            log.stopped(f"at env step {steps['env_steps']:,}")
+        draw(config, eval_vector, state, log)
+    except RuntimeError:
+        reason = vector.failure or eval_vector.failure
+        if not reason:
+            raise
+        if vector.failure and state is not None:
+            log.save(state, steps)  # as it was before the rollout that failed
+        raise run.UserError(f"{reason}; to go on from the last checkpoint: --resume {log.folder}") from None
+    finally:
+        vector.close()
+        eval_vector.close()
     log.print(str(log.folder))
 
 

@@ -179,7 +179,12 @@ class VectorEnv:
         goal it had, which is what brax's AutoResetWrapper does and hence what the published CRL results are made of.
       fresh_worlds: how many resets are computed at a time, for environments whose resets are much dearer than their
         steps; by default those of all copies at once. Every ended episode gets a reset of its own in either case.
+
+    Attributes:
+      failure: why a step failed, in one line, if the environments live in other processes; else None.
     """
+
+    failure: str | None = None
 
     def __init__(
         self,
@@ -233,6 +238,12 @@ class VectorEnv:
         fresh, key = jax.lax.cond(ended.any(), restart, lambda key: (after, key), state.key)
         env = jax.tree.map(lambda a, b: jnp.where(ended.reshape(-1, *[1] * (a.ndim - 1)), a, b), fresh, after)
         return VectorState(env, jnp.where(ended, 0, steps), key, state.first), transition
+
+    def restore(self, state: VectorState) -> None:
+        """Prepares for going on from a saved state; environments in JAX need nothing."""
+
+    def close(self) -> None:
+        """Ends the processes of environments that have any."""
 
     def _restart_few(self, after: State, ended: Bool[Array, " num_envs"], key: Key[Array, " num_envs"]):
         """Resets the copies whose episode has ended, `fresh_worlds` at a time, until none is left."""

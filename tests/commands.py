@@ -43,6 +43,10 @@ class Script:
 
         Returns what it printed, what it printed as errors, and its exit code.
         """
+        return self.interfered(lambda process: process.send_signal(number), folder, flags, cwd, rows, env)
+
+    def interfered(self, interfere, folder, flags, cwd, rows, env):
+        """The same with `interfere(process)` instead of a signal."""
         options = {"cwd": cwd, "env": {**os.environ, **env}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen([sys.executable, self.path, *flags], text=True, **options)
         path, deadline = Path(folder) / "metrics.csv", time.monotonic() + 200
@@ -51,5 +55,5 @@ class Script:
                 time.sleep(random.random() * 0.2)
                 break
             time.sleep(0.002)
-        process.send_signal(number)
+        interfere(process)
         return *process.communicate(timeout=100), process.wait()

@@ -1,9 +1,9 @@
 """ppo_ad.py as a user runs it: killed, resumed, stopped, gone wrong. Tiny settings, real processes."""
 
-import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import commands
 import numpy as np
@@ -47,7 +47,7 @@ def test_prints_what_it_is_and_last_the_run_folder(reference):
     ):
         assert re.search(words, done.stdout), words
     assert "steps/s" in done.stderr and "left" in done.stderr and "score" in done.stderr
-    assert FIGURES <= {path.name for path in (folder / "whole").iterdir()}
+    assert {path.name for path in (folder / "whole").iterdir()} >= FIGURES
     with Image.open(folder / "whole" / "rollout.gif") as film:
         assert film.n_frames == 20
 
@@ -130,7 +130,7 @@ def test_craftax_pixels_with_a_small_encoder_trains_draws_and_resumes(tmp_path, 
     assert [int(row["env_steps"]) for row in rows] == list(range(200, 2001, 200))
     assert 0 <= float(rows[-1]["eval/score"]) < 100 and "eval/success/collect_wood" in rows[-1]
     assert any(float(row["auxiliary/prediction_steps"] or 0) > 0 for row in rows)
-    assert FIGURES <= {path.name for path in folder.iterdir()}
+    assert {path.name for path in folder.iterdir()} >= FIGURES
 
 
 SMALL_ENCODER = [
@@ -142,7 +142,22 @@ SMALL_ENCODER = [
 
 @pytest.mark.slow
 def test_crafter_with_eight_workers_resumes_and_says_which_worker_died(tmp_path, cache):
-    folder = tmp_path / "run"
-    flags = [*SMALL_ENCODER, "--env=crafter", "--num_envs=8", "--total_env_steps=3200", f"--run_dir={folder}"]
-    process, env = SCRIPT.start(*flags, cwd=tmp_path, env=cache), {"cwd": tmp_path}
-    raise NotImplementedError
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    flags = [*SMALL_ENCODER, "--env=crafter", "--num_envs=8", "--total_env_steps=3200"]
+    SCRIPT.run(*flags, f"--run_dir={whole}", cwd=tmp_path, env=cache)
+    assert {path.name for path in whole.iterdir()} >= FIGURES
+
+    def kill_a_worker(process):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[3]), signal.SIGKILL)
+
+    _, err, code = SCRIPT.interfered(kill_a_worker, folder, [*flags, f"--run_dir={folder}"], tmp_path, 2, cache)
+    assert code == 2
+    assert re.search(r"^error: Crafter worker \d died \(signal SIGKILL.*--resume", err, re.MULTILINE)
+    assert err.count("Traceback") == 0
+    saved = max(int(path.stem) for path in (folder / "checkpoints").glob("*.eqx"))
+    assert saved == int(metrics(folder)[-1]["env_steps"]), "nothing that was trained is lost"
+    *_, code = SCRIPT.signalled(signal.SIGKILL, folder, [f"--resume={folder}"], tmp_path, 4, cache)
+    assert code == -signal.SIGKILL and not FIGURES & {path.name for path in folder.iterdir()}
+    SCRIPT.run(f"--resume={folder}", cwd=tmp_path, env=cache)
+    assert metrics(folder) == metrics(whole)

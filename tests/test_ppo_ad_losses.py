@@ -405,11 +405,12 @@ def test_contrast_equals_numpy_over_the_valid_rows():
 
 def test_contrast_of_equal_inner_products_is_log_two():
     """Known answer 7; and far from it nothing overflows."""
-    x = jnp.array(unit_rows(np.random.default_rng(0), 5, 4))
-    for negative in (x, 2 * x - x[::-1] + x[::-1] - x):
-        np.testing.assert_allclose(ppo_ad.contrast(x, x, negative, jnp.ones(5, bool), 0.1)[0], np.log(2), rtol=1e-5)
-    np.testing.assert_allclose(ppo_ad.contrast(x, -x, x, jnp.ones(5, bool), 1e-3)[0], 2000, rtol=1e-4)
-    np.testing.assert_allclose(ppo_ad.contrast(x, x, -x, jnp.ones(5, bool), 1e-3)[0], 0, atol=1e-6)
+    rng, all_valid = np.random.default_rng(0), jnp.ones(5, bool)
+    anchor, positive = jnp.array(unit_rows(rng, 5, 4)), jnp.array(unit_rows(rng, 5, 4))
+    mirrored = 2 * jnp.sum(anchor * positive, axis=1, keepdims=True) * anchor - positive
+    np.testing.assert_allclose(ppo_ad.contrast(anchor, positive, mirrored, all_valid, 0.1)[0], np.log(2), rtol=1e-5)
+    np.testing.assert_allclose(ppo_ad.contrast(anchor, -anchor, anchor, all_valid, 1e-3)[0], 2000, rtol=1e-4)
+    np.testing.assert_allclose(ppo_ad.contrast(anchor, anchor, -anchor, all_valid, 1e-3)[0], 0, atol=1e-6)
 
 
 def slow_prediction_loss(agent, rows, positive, negative, anchor, config):

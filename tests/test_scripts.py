@@ -111,7 +111,7 @@ def ppo_ad_metrics() -> list[str]:
     state = jax.eval_shape(lambda key: ppo_ad.init(config, vector, key), key)
 
     def chunk(state, key):
-        acting, rollout = ppo_ad.collect(config, vector, state.agent, state.normaliser, state.acting, key)
+        acting, rollout = ppo_ad.collect(config, vector, state.agent, state.normaliser, state.acting)
         state, info = ppo_ad.learn(config, state, acting, rollout)
         return info | ppo_ad.distil(config, state)[1] | ppo_ad.evaluate(config, vector, state.agent, key)
 
