@@ -488,10 +488,12 @@ def matching_loss(
 
     `source` indexes the achievements of the source; the rows, as many as matches, are steps of the source.
     """
-    anchor = represent(agent, before, after)[source]
+    # one call of the encoder, which is most of the compile time
+    latent = encode(agent, jnp.concatenate([before, after, rows.observation]))
+    before, after, latent = jnp.split(latent, [len(before), 2 * len(before)])
     positive, negative = jax.lax.stop_gradient((positive, negative))
+    anchor = unit(after - before)[source]
     loss, accuracy = contrast(anchor, positive, negative, valid, config.temperature)
-    latent = encode(agent, rows.observation)
     extra, (normaliser, info) = regularisers(agent, normaliser, latent, rows, valid, config)
     return loss + extra, (normaliser, {"loss": loss, "accuracy": accuracy, **info})
 
@@ -1344,14 +1346,21 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
     begin = jax.jit(batched(partial(init, config, vector)))
     shapes = jax.eval_shape(begin, seeds)
     describe(config, vector, shapes, log)
-    # what is rebuilt is donated; collecting is not, so that the state outlives an environment that fails
-    jit = lambda function, donate=(): jax.jit(batched(partial(function, config)), donate_argnums=donate)
-    collecting = jax.jit(batched(partial(collect, config, vector)))
-    collecting = log.compile("collect", collecting, shapes.agent, shapes.normaliser, shapes.acting)
-    learning = log.compile("learn", jit(learn, 0), shapes, *collecting.out_info)
-    evaluating = log.compile("evaluate", jax.jit(batched(partial(evaluate, config, eval_vector))), shapes.agent, seeds)
-    distilling = log.compile("distil", jit(distil, 0), shapes) if distills(config) else None
-    columns = [*learning.out_info[1], *(distilling.out_info[1] if distilling else ()), *evaluating.out_info]
+    collecting = batched(partial(collect, config, vector))
+    learning = batched(partial(learn, config))
+    distilling = batched(partial(distil, config))
+    evaluating = batched(partial(evaluate, config, eval_vector))
+    acts = shapes.agent, shapes.normaliser, shapes.acting
+    learns = (shapes, *jax.eval_shape(collecting, *acts))
+    # a compiled program that calls other processes does not tell what it returns
+    columns = [*jax.eval_shape(learning, *learns)[1], *jax.eval_shape(evaluating, shapes.agent, seeds)]
+    # collecting donates nothing, so that the state outlives an environment that fails
+    collecting = log.compile("collect", jax.jit(collecting), *acts)
+    learning = log.compile("learn", jax.jit(learning, donate_argnums=0), *learns)
+    evaluating = log.compile("evaluate", jax.jit(evaluating), shapes.agent, seeds)
+    if distills(config):
+        columns += jax.eval_shape(distilling, shapes)[1]
+        distilling = log.compile("distil", jax.jit(distilling, donate_argnums=0), shapes)
 
     state, steps = log.restore(shapes) if log.resumed else (None, None)
     try:
@@ -1370,7 +1379,7 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
             acting, rollout = jax.block_until_ready(collecting(state.agent, state.normaliser, state.acting))
             state, info = learning(state, acting, rollout)
             steps = count(config, state)
-            if distilling and steps["env_steps"] // rollout_steps(config) % config.auxiliary_every == 0:
+            if distills(config) and steps["env_steps"] // rollout_steps(config) % config.auxiliary_every == 0:
                 state, more = distilling(state)
                 info |= more
             metrics = jax.tree.map(np.asarray, info)

@@ -116,7 +116,7 @@ def side_by_side(
 
 
 def save_gif(
-    frames: UInt8[np.ndarray, "time height width 3"], path: str | os.PathLike, fps: float, enlarge: int = 4
+    frames: UInt8[np.ndarray, "time height width 3"], path: str | os.PathLike, fps: int, enlarge: int = 4
 ) -> None:
     """Writes a film that repeats; each pixel becomes `enlarge` x `enlarge` pixels."""
     # one palette for all, from a few frames: what differs between two frames is then little, and so is the file

@@ -44,8 +44,8 @@ class Walk(Env):
         raise NotImplementedError
 
 
-def start(num_envs: int, goals: str):
-    vector = VectorEnv(Walk(), num_envs, LIMIT, goals)
+def start(num_envs: int, goals: str, fresh_worlds: int | None = None):
+    vector = VectorEnv(Walk(), num_envs, LIMIT, goals, fresh_worlds)
     return jax.jit(vector.step), vector.reset(jax.random.key(0))
 
 
@@ -118,11 +118,11 @@ def test_resampled_draws_new_starts_and_goals_for_every_copy_and_episode():
     assert 3 <= goals.min() < 3.1 and 3.9 < goals.max() < 4
 
 
-@pytest.mark.parametrize("goals", ["fixed", "resampled"])
-def test_vector_env_equals_a_loop_over_single_environments(goals):
+@pytest.mark.parametrize("goals, fresh_worlds", [("fixed", None), ("resampled", None), ("resampled", 2)])
+def test_vector_env_equals_a_loop_over_single_environments(goals, fresh_worlds):
     num_envs, length = 5, 200
     actions = np.random.default_rng(0).uniform(0, 1.2, (length, num_envs, 1)).astype(np.float32)
-    step, state = start(num_envs, goals)
+    step, state = start(num_envs, goals, fresh_worlds)
     first_x, first_goal = np.array(state.env.physics.x), np.array(state.env.goal)
     x, goal, clock = first_x.copy(), first_goal.copy(), [0] * num_envs
     ends = {"terminated": 0, "truncated": 0, "terminated at the limit": 0}
@@ -159,9 +159,62 @@ def test_vector_env_equals_a_loop_over_single_environments(goals):
     assert min(ends.values()) >= 5, ends
 
 
-@pytest.mark.parametrize("goals", ["fixed", "resampled"])
-def test_state_can_be_donated(goals):
-    vector = VectorEnv(Walk(), 4, LIMIT, goals)
+FEW_AT_A_TIME = (1, 2, 3, 4, 5, 8)
+ENDED = ([], [0], [3], [4], [1, 2], [0, 2, 4], [1, 2, 3, 4], [0, 1, 2, 3, 4])
+"""Which of five copies end in one step."""
+
+
+def ending(ended: list[int]):
+    """A first state of five copies, and actions that end these of them."""
+    _, state = start(5, "resampled")
+    return at(state, np.linspace(1, 2, 5)), jnp.where(jnp.isin(jnp.arange(5), jnp.array(ended, int)), 3.0, 0.5)[:, None]
+
+
+def numbers(tree):
+    """The leaves, of which keys as their raw numbers."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return [np.asarray(jax.random.key_data(x) if is_key(x) else x) for x in jax.tree.leaves(tree)]
+
+
+def assert_equal(one, other):
+    for a, b in zip(numbers(one), numbers(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("fresh_worlds", FEW_AT_A_TIME)
+def test_every_ended_copy_gets_the_reset_of_its_own_key(fresh_worlds):
+    """However few are made at a time, and nothing else changes."""
+    step = jax.jit(VectorEnv(Walk(), 5, LIMIT, fresh_worlds=fresh_worlds).step)
+    for ended in ENDED:
+        before, action = ending(ended)
+        state, transition = step(before, action)
+        assert np.flatnonzero(transition.terminated).tolist() == ended
+        assert_equal(transition.next_observation[:, 0], np.linspace(1, 2, 5, dtype=np.float32) + action[:, 0])
+        assert_equal(state.steps, [0 if i in ended else 1 for i in range(5)])
+        for i in range(5):
+            now = jax.tree.map(lambda x, i=i: x[i], state)
+            if i in ended:
+                reset_key, key = jax.random.split(before.key[i])
+                assert_equal(now.env, Walk().reset(reset_key))
+                assert_equal(now.key, key)
+            else:
+                assert_equal(now.env, Walk().step(jax.tree.map(lambda x, i=i: x[i], before.env), action[i]))
+                assert fresh_worlds >= 5 or (numbers(now.key)[0] == numbers(before.key[i])[0]).all()
+
+
+def test_few_fresh_worlds_at_a_time_under_vmap():
+    """Two vector environments, as of two seeds, of which each ends others of its copies, or none."""
+    step = jax.jit(VectorEnv(Walk(), 5, LIMIT, fresh_worlds=2).step)
+    for pair in (([], [0, 1, 4]), ([2], [0, 1, 2, 3, 4]), ([], []), ([3], [1])):
+        both = [ending(ended) for ended in pair]
+        together = jax.vmap(step)(*jax.tree.map(lambda *x: jnp.stack(x), *both))
+        for i, (state, action) in enumerate(both):
+            assert_equal(jax.tree.map(lambda x, i=i: x[i], together), step(state, action))
+
+
+@pytest.mark.parametrize("goals, fresh_worlds", [("fixed", None), ("resampled", None), ("resampled", 1)])
+def test_state_can_be_donated(goals, fresh_worlds):
+    vector = VectorEnv(Walk(), 4, LIMIT, goals, fresh_worlds)
     step = jax.jit(vector.step, donate_argnums=0)
     state = jax.jit(vector.reset)(jax.random.key(0))
     for _ in range(2 * LIMIT):
