@@ -13,7 +13,7 @@ import pytest
 from algorithms import ppo_ad
 from envs.base import AchievementEnv, State
 
-FEATURES, ACTIONS, LATENT = 5, 3, 6
+FEATURES, ACTIONS, LATENT = 5, 3, 12
 
 
 class Blank(AchievementEnv):
@@ -55,7 +55,7 @@ def normed_dense(layer, x, xp):
 
 
 def unit(x, xp=np):
-    return x / xp.sqrt((x**2).sum())
+    return x / xp.maximum(xp.sqrt((x**2).sum()), 1e-12)
 
 
 def encode(agent, observation, xp=np):

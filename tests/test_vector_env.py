@@ -159,7 +159,6 @@ def test_vector_env_equals_a_loop_over_single_environments(goals, fresh_worlds):
     assert min(ends.values()) >= 5, ends
 
 
-FEW_AT_A_TIME = (1, 2, 3, 4, 5, 8)
 ENDED = ([], [0], [3], [4], [1, 2], [0, 2, 4], [1, 2, 3, 4], [0, 1, 2, 3, 4])
 """Which of five copies end in one step."""
 
@@ -181,7 +180,7 @@ def assert_equal(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("fresh_worlds", FEW_AT_A_TIME)
+@pytest.mark.parametrize("fresh_worlds", [1, 2, 3, 5])
 def test_every_ended_copy_gets_the_reset_of_its_own_key(fresh_worlds):
     """However few are made at a time, and nothing else changes."""
     step = jax.jit(VectorEnv(Walk(), 5, LIMIT, fresh_worlds=fresh_worlds).step)
@@ -189,8 +188,8 @@ def test_every_ended_copy_gets_the_reset_of_its_own_key(fresh_worlds):
         before, action = ending(ended)
         state, transition = step(before, action)
         assert np.flatnonzero(transition.terminated).tolist() == ended
-        assert_equal(transition.next_observation[:, 0], np.linspace(1, 2, 5, dtype=np.float32) + action[:, 0])
-        assert_equal(state.steps, [0 if i in ended else 1 for i in range(5)])
+        np.testing.assert_array_equal(transition.next_observation[:, 0], before.env.physics.x + action[:, 0])
+        np.testing.assert_array_equal(state.steps, [0 if i in ended else 1 for i in range(5)])
         for i in range(5):
             now = jax.tree.map(lambda x, i=i: x[i], state)
             if i in ended:
