@@ -42,7 +42,8 @@ class Crafter(AchievementEnv):
     directory; where it may write to neither, set NUMBA_CACHE_DIR.
 
     Args:
-      workers: how many processes step the worlds; by default one for each, but no more than 8 or the number of cores.
+      workers: how many processes step the worlds; by default one for each world, but no more than 8 or the number
+        of cores, whichever is more.
     """
 
     name = "crafter"
@@ -79,7 +80,7 @@ class Crafter(AchievementEnv):
     def render(self, states: State, stem: str) -> str:
         """A GIF of the first episodes side by side; each stays as it was when it ended."""
         states = jax.tree.map(lambda x: np.asarray(x[:EPISODES_DRAWN]), (states.observation, states.terminated))
-        save_gif(side_by_side(*states), f"{stem}.gif", fps=10.0)
+        save_gif(side_by_side(*states), f"{stem}.gif", fps=10)
         return f"{stem}.gif"
 
 
@@ -174,10 +175,10 @@ class CrafterPool(VectorEnv):
         return VectorState(env, jnp.where(ended, 0, steps), state.key, state.first), transition
 
     def restore(self, state: VectorState) -> None:
-        """Brings the processes to a state that was saved, perhaps by another process; takes 2 ms per replayed step.
+        """Brings the worlds to a saved state, for `step` to go on from; not for use under jit.
 
-        Not for use under jit. PoolError in one line if a process dies, or if the worlds do not come out as they were,
-        for instance because of another version of crafter.
+        They are made anew and replay their present episode, which takes about 2 ms a step. PoolError in one line if a
+        process dies, or if the worlds do not come out as they were, because of another version of crafter, say.
         """
         seed, episode, actions = map(np.asarray, state.env.physics)
         steps = np.asarray(state.steps)
@@ -225,7 +226,10 @@ class CrafterPool(VectorEnv):
 
     def _open(self, seed: np.ndarray, episode: np.ndarray, actions: list) -> UInt8[np.ndarray, "num_envs 64 64 3"]:
         self.failure = self._latest = None
-        self._workers = self._workers or [_Worker() for _ in self._shares]
+        try:
+            self._workers = self._workers or [_Worker() for _ in self._shares]
+        except OSError as error:
+            self._fail(f"cannot start {len(self._shares)} Crafter workers: {error}")
         (observation,) = self._ask("begin", seed, episode, actions)
         return observation
 

@@ -123,6 +123,7 @@ def random_policy() -> None:
         }
         for name, (value, error) in seen.items()
     ]
+    print(*rows, sep="\n")
     write("random", "random_craftax", f"{BATCH * BATCHES} episodes of craftax_classic_symbolic", rows)
 
 
@@ -195,8 +196,6 @@ def write(argument: str, name: str, what: str, rows: list[dict]) -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    for row in rows:
-        print(row, flush=True)
 
 
 def main():

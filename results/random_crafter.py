@@ -1,4 +1,4 @@
-"""What a random policy scores in the original Crafter: 250 episodes, some 5 minutes on 2 cores (1 with numba).
+"""What a random policy scores in the original Crafter: 250 episodes, some 3 minutes on 2 cores (1 with numba).
 
     python results/random_crafter.py
 

@@ -200,7 +200,7 @@ def test_both_kinds_are_drawn_as_the_player_sees_them(symbolic, pixels, tmp_path
         path = env.render(states, str(tmp_path / env.name))
         assert path == str(tmp_path / f"{env.name}.gif")
         with Image.open(path) as film:
-            shown = [np.asarray(frame.convert("RGB"), float)[::4, ::4] for frame in ImageSequence.Iterator(film)]
+            shown = [np.asarray(frame.convert("RGB"), float)[::3, ::3] for frame in ImageSequence.Iterator(film)]
         assert len(shown) == 4 and shown[0].shape == (63, 2 * 64, 3)
         seen = [255 * np.asarray(pixels.reset(jax.random.key(i)).observation) for i in range(2)]
         for i in range(2):

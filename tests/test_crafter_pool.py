@@ -68,11 +68,13 @@ def processes(pool: CrafterPool) -> list[int]:
 
 def alive(process: int) -> bool:
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
         return False
-    # a zombie has ended too
-    return not Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].startswith(" Z")
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +212,7 @@ def test_a_state_that_is_not_the_latest_is_refused(make_pool):
         jax.block_until_ready(step(new, np.zeros(1, np.int32)))
 
 
+@needs_proc
 def test_a_killed_worker_ends_the_program_at_once_with_one_clear_line(make_pool, capfd, caplog):
     pool = make_pool(limit=10_000)
     state = reset(pool)
@@ -247,6 +250,14 @@ def test_a_worker_that_crashes_says_why_and_a_reset_starts_new_ones(make_pool):
     assert state.steps[0] == 1
 
 
+def test_workers_that_cannot_be_started_are_a_failure_in_one_line(make_pool, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    pool = make_pool(1)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        reset(pool)
+    assert pool.failure.startswith("cannot start 1 Crafter workers: [Errno 2] No such file or directory")
+
+
 ENDLESS = """
     import sys
     import jax, numpy as np
@@ -273,6 +284,7 @@ def endless():
     program.communicate()
 
 
+@needs_proc
 def test_workers_do_without_jax_ignore_ctrl_c_and_end_with_their_parent_even_if_it_is_killed(endless):
     program, pids = endless
     assert len(pids) == 2
@@ -326,7 +338,7 @@ def test_render_draws_the_episodes_side_by_side(played, tmp_path):
     path = Crafter().render(_film(played), str(tmp_path / "film"))
     assert path == str(tmp_path / "film.gif")
     with Image.open(path) as film:
-        assert film.n_frames == STEPS
+        assert STEPS / 2 < film.n_frames <= STEPS  # equal ones after another are one
         assert film.size[1] == 4 * 64
         assert film.size[0] >= 4 * 64 * NUM_ENVS
 
