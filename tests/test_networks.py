@@ -11,7 +11,15 @@ from scipy import stats
 from stubs import Sizes
 
 from algorithms import crl
-from shared.networks import NetworkOptions, ResidualMLP, SquashedGaussian, count_parameters
+from shared.networks import (
+    ImpalaCNN,
+    NetworkOptions,
+    NormedDense,
+    ResidualMLP,
+    SquashedGaussian,
+    count_parameters,
+    unit_weights,
+)
 
 
 def unrolled(network, x):
@@ -165,3 +173,67 @@ def test_count_parameters_counts_scalars():
 
 def test_networks_hold_arrays_only():
     assert all(eqx.is_array(leaf) for leaf in jax.tree.leaves(make(4)))
+
+
+def numpy_norm(norm, x):
+    """Over all entries, scaled and shifted along the first axis."""
+    weight, bias = (np.asarray(p, np.float64).reshape(-1, *[1] * (x.ndim - 1)) for p in (norm.weight, norm.bias))
+    return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * weight + bias
+
+
+def numpy_conv(layer, x):
+    x = x if layer.group_norm is None else numpy_norm(layer.group_norm, x)
+    patches = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), (1, 1), (1, 1))), (3, 3), axis=(1, 2))
+    y = np.einsum("chwij,ocij->ohw", patches, np.asarray(layer.weight, np.float64))
+    return np.maximum(y if layer.bias is None else y + np.asarray(layer.bias, np.float64), 0)
+
+
+def numpy_encoder(encoder, image):
+    """The encoder as the paper's appendix describes it, in float64 and without any of its code."""
+    x = np.moveaxis(np.asarray(image, np.float64), 2, 0)
+    for i, stack in enumerate(encoder.stacks):
+        assert (stack.first.group_norm is None) == (i == 0) and (stack.first.bias is None) == (i > 0)
+        x = np.pad(numpy_conv(stack.first, x), ((0, 0), (1, 1), (1, 1)), constant_values=-np.inf)
+        x = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2].max((3, 4))
+        x = numpy_norm(stack.group_norm, x)
+        for first, second in stack.blocks:
+            x = x + numpy_conv(second, numpy_conv(first, x))
+    x = x.ravel()
+    for layer in (encoder.dense, encoder.latent):
+        x = np.maximum(np.asarray(layer.weight, np.float64) @ numpy_norm(layer.layer_norm, x), 0)
+    return x
+
+
+def random_encoder(shape, dtype="float32"):
+    """A small encoder with other weights than at first, biases and norms included."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: ImpalaCNN(shape, (2, 3, 4), 16, 20, jax.random.key(0), dtype))
+    draw = lambda x: rng.normal(x.ndim == 1, 0.3 if x.ndim == 1 else np.sqrt(x.shape[0] / x.size), x.shape)
+    return jax.tree.map(lambda x: jnp.array(draw(x), jnp.float32), shapes)
+
+
+@pytest.mark.parametrize("shape", [(8, 12, 3), (7, 10, 3), (13, 9, 1)])
+def test_encoder_equals_numpy(shape):
+    image = np.random.default_rng(2).random((3, *shape)).astype(np.float32)
+    encoder = random_encoder(shape)
+    output = jax.jit(jax.vmap(encoder))(jnp.array(image))
+    expected = np.array([numpy_encoder(encoder, x) for x in image])
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+    assert (expected > 0).any(0).sum() > 2 and (expected >= 0).all()
+
+
+def test_encoder_in_bfloat16_rounds_the_products_only():
+    image = jnp.array(np.random.default_rng(2).random((8, 8, 3)), jnp.float32)
+    encoder = random_encoder((8, 8, 3), "bfloat16")
+    exact, rounded = numpy_encoder(encoder, image), jax.jit(lambda image: encoder(image))(image)
+    assert rounded.dtype == jnp.float32 and all(x.dtype == jnp.float32 for x in jax.tree.leaves(encoder))
+    assert 1e-5 < np.abs(rounded - exact).max() < 0.1
+
+
+def test_unit_weights_are_uniform_draws_of_given_norm():
+    weight = np.asarray(unit_weights(jax.random.key(0), (40, 16, 3, 3), 0.7), float)
+    np.testing.assert_allclose(np.linalg.norm(weight.reshape(40, -1), axis=1), 0.7, rtol=1e-5)
+    spread = 0.7 / np.sqrt(16 * 9 / 3)  # of uniform draws, before they are scaled, the root mean square is 1 / sqrt(3)
+    assert stats.kstest(weight.ravel(), stats.uniform(-spread, 2 * spread).cdf).pvalue > 1e-3
+    layer = NormedDense(5, 3, 1.4, jax.random.key(0))
+    np.testing.assert_allclose(np.linalg.norm(layer.weight, axis=1), 1.4, rtol=1e-5)

@@ -42,6 +42,9 @@ CONFIG = ppo_ad.Config(
     transport="dykstra", learning_rate=1e-2,
 )  # fmt: skip
 
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""Compiles in half the time."""
+
 # ---- the formulas of the sheet, of one step, in float64 or (to be differentiated) in JAX ---------------------------
 
 
@@ -112,11 +115,20 @@ class SlowNormaliser:
 # ---- material ------------------------------------------------------------------------------------------------------
 
 
-def perturbed(agent, key, scale=0.3):
-    """Away from the initial zeros and ones and nearly uniform policy, so that no parameter is without effect."""
-    leaves, tree = jax.tree.flatten(agent)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(tree, [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+def random_agent(config, seed, env=None):
+    """An agent with random weights of ordinary size, biases and norms included, so that no parameter is without effect
+    and the policy is far from uniform."""
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        if leaf.ndim == 2:
+            weight = rng.normal(size=leaf.shape) / math.sqrt(leaf.shape[1])
+        else:
+            weight = 0.3 * rng.normal(size=leaf.shape) + (jax.tree_util.keystr(path).endswith("norm.weight"))
+        return jnp.array(weight, jnp.float32)
+
+    shapes = jax.eval_shape(partial(ppo_ad.make_agent, config, env or Blank()), jax.random.key(0))
+    return jax.tree.map_with_path(fill, shapes)
 
 
 def unit_rows(rng, *shape):
@@ -125,20 +137,13 @@ def unit_rows(rng, *shape):
 
 
 @pytest.fixture(scope="module")
-def agents():
-    """Two agents."""
-    make = jax.jit(lambda a, b: perturbed(ppo_ad.make_agent(CONFIG, Blank(), a), b))
-    return [make(jax.random.key(seed), jax.random.key(seed + 1)) for seed in (0, 2)]
+def agent():
+    return random_agent(CONFIG, 0)
 
 
 @pytest.fixture(scope="module")
-def agent(agents):
-    return agents[0]
-
-
-@pytest.fixture(scope="module")
-def other(agents):
-    return agents[1]
+def other():
+    return random_agent(CONFIG, 1)
 
 
 NORMALISER = ppo_ad.Normaliser(*map(jnp.array, (0.11, 0.35, 0.3)))
@@ -161,7 +166,7 @@ def make_rows(agent, count, seed=0):
 def test_encoder_heads_and_predictor_equal_numpy(agent):
     rows, slow = make_rows(agent, 9), exact(agent)
 
-    @jax.jit
+    @jit
     def fast(observation):
         latent = ppo_ad.encode(agent, observation)
         return latent, *ppo_ad.act(agent, latent, rows.memory), ppo_ad.predict(agent, latent, rows.action, rows.memory)
@@ -178,7 +183,7 @@ def test_encoder_heads_and_predictor_equal_numpy(agent):
 
 
 def test_bytes_are_scaled_to_one(agent):
-    encode_all, slow = jax.jit(partial(ppo_ad.encode, agent)), exact(agent)
+    encode_all, slow = jit(partial(ppo_ad.encode, agent)), exact(agent)
     bytes_ = np.random.default_rng(0).integers(0, 256, (2, FEATURES)).astype(np.uint8)
     for observation, scale in ((bytes_, 255), (bytes_.astype(np.float32), 1)):
         expected = [encode(slow, o.astype(float) / scale) for o in observation]
@@ -203,7 +208,7 @@ def test_an_achievement_is_the_change_of_the_latent_state(agent):
     rng = np.random.default_rng(0)
     before, after = rng.normal(size=(2, 4, FEATURES)).astype(np.float32)
     after[3] = before[3]
-    vectors = jax.jit(ppo_ad.represent)(agent, jnp.array(before), jnp.array(after))
+    vectors = jit(ppo_ad.represent)(agent, jnp.array(before), jnp.array(after))
     slow = exact(agent)
     for i in range(3):
         np.testing.assert_allclose(vectors[i], unit(encode(slow, after[i]) - encode(slow, before[i])), atol=1e-4)
@@ -213,7 +218,7 @@ def test_an_achievement_is_the_change_of_the_latent_state(agent):
 # ---- the normaliser ------------------------------------------------------------------------------------------------
 
 
-@jax.jit
+@jit
 def updated(normaliser, returns, valid):
     """The normaliser after a minibatch, its moments, the minibatch normalised, and that denormalised."""
     normaliser = normaliser.update(returns, valid)
@@ -299,7 +304,7 @@ def slow_ppo_loss(agent, normaliser, batch, config):
 def test_ppo_loss_and_its_gradient_equal_numpy(agent):
     config = dataclasses.replace(CONFIG, clip=0.15, value_weight=0.7, entropy_weight=0.3)
     batch = make_batch(agent)
-    (loss, (normaliser, info)), gradient = jax.jit(
+    (loss, (normaliser, info)), gradient = jit(
         jax.value_and_grad(partial(ppo_ad.ppo_loss, config=config), has_aux=True)
     )(agent, NORMALISER, batch)
     slow = exact(agent)
@@ -362,7 +367,7 @@ def test_regularisers_equal_numpy(agent, other, variant):
     valid, slow = np.arange(10) % 3 > 0, exact(agent)
     which = np.flatnonzero(valid)
 
-    @jax.jit
+    @jit
     def fast(agent, rows):
         def losses(agent):
             latent = ppo_ad.encode(agent, rows.observation)
@@ -429,7 +434,7 @@ def test_prediction_loss_and_its_gradient_equal_numpy(agent, other):
     rows, anchor = make_rows(other, 10), unit_rows(rng, 5, LATENT)
     positive, negative, valid = np.array([0, 5, 2, 9, 9]), np.array([1, 7, 4, 0, 3]), np.array([1, 1, 1, 0, 0], bool)
 
-    @jax.jit
+    @jit
     @partial(jax.jacrev, argnums=(0, 1), has_aux=True)
     def fast(agent, anchor):
         args = rows, jnp.array(positive), jnp.array(negative), anchor, jnp.array(valid)
@@ -468,7 +473,7 @@ def test_matching_loss_and_its_gradient_equal_numpy(agent, other):
     positive, negative, source = unit_rows(rng, 6, LATENT), unit_rows(rng, 6, LATENT), np.array([3, 0, 0, 1, 2, 2])
     rows, valid = make_rows(other, 6), np.arange(6) < 4
 
-    @jax.jit
+    @jit
     @partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
     def fast(agent, positive, negative):
         args = *map(jnp.array, (before, after, source)), positive, negative, jnp.array(valid)

@@ -25,8 +25,9 @@ from test_ppo_ad_losses import (
     contrast,
     encode,
     exact,
-    perturbed,
+    jit,
     predict,
+    random_agent,
     unit,
     unit_rows,
 )
@@ -53,7 +54,7 @@ def test_parameter_counts_are_the_papers(shape, distill, parameters):
 @pytest.fixture(scope="module")
 def paper_agent():
     config, env = ppo_ad.Config(), Blank((63, 63, 3), actions=17)
-    return jax.jit(lambda key: ppo_ad.make_agent(config, env, key))(jax.random.key(0))
+    return jit(lambda key: ppo_ad.make_agent(config, env, key))(jax.random.key(0))
 
 
 def test_initial_filters_have_the_papers_norms(paper_agent):
@@ -68,7 +69,7 @@ def test_initial_filters_have_the_papers_norms(paper_agent):
     for layer, norm in layers:
         weight = np.asarray(layer.weight).reshape(len(layer.weight), -1)
         np.testing.assert_allclose(np.linalg.norm(weight, axis=1), norm, rtol=1e-4)
-        assert len(np.unique(weight.round(6), axis=0)) == len(weight), "filters are alike"
+        assert np.ptp(weight, axis=0).min() > 0, "filters are alike"
     for head, gain in ((agent.policy, 0.01), (agent.value, 0.1)):
         weight = np.asarray(head.weight, float)
         np.testing.assert_allclose(weight @ weight.T, gain**2 * np.eye(len(weight)), atol=1e-5 * gain)
@@ -85,7 +86,7 @@ def test_the_first_policy_is_nearly_uniform(paper_agent):
     """Known answers 1 and 2: the latent state, and entropy ln 17."""
     rng = np.random.default_rng(0)
 
-    @jax.jit
+    @jit
     def run(agent, images, memory):
         latent = ppo_ad.encode(agent, images)
         return latent, *ppo_ad.act(agent, latent, memory)
@@ -154,39 +155,80 @@ SCRIPTS = (
 """Of the first episodes."""
 
 
+def make_state(config, vector, seed):
+    """A state before the first step, with random weights."""
+    agent = random_agent(config, seed, vector.env)
+    optimizers = [warm(ppo_ad.adam(config).init(agent), seed + i) for i in range(3)]
+    acting = jit(partial(ppo_ad.start_acting, config, vector))(jax.random.key(seed))
+    scores = ppo_ad.Scores(jnp.array(0), jnp.zeros(ACHIEVEMENTS, jnp.int32))
+    shape = config.num_envs, config.auxiliary_every * config.unroll_length
+    window = ppo_ad.Window(
+        observation=jnp.zeros((*shape, FEATURES)),
+        action=jnp.zeros(shape, jnp.int32),
+        memory=jnp.zeros((*shape, ppo_ad.memory_size(config))),
+        returns=jnp.zeros(shape),
+        first=jnp.zeros(shape, bool),
+        unlocked=jnp.zeros(shape, bool),
+    )
+    key = jax.random.key(seed + 1)
+    return ppo_ad.TrainState(agent, NORMALISER, *optimizers, acting, window, scores, jnp.array(0), key)
+
+
+def warm(optimizer, seed):
+    """Adam's state after some steps, so that the size of the next gradient matters, and no rounding of a zero does."""
+    rng = np.random.default_rng(seed)
+    clip, (adam, *rest) = optimizer
+    mu = jax.tree.map(lambda x: jnp.array(1e-3 * rng.normal(size=x.shape), jnp.float32), adam.mu)
+    nu = jax.tree.map(lambda x: jnp.array(1e-5 * (1 + rng.random(x.shape)), jnp.float32), adam.nu)
+    return clip, (adam._replace(count=jnp.array(7, jnp.int32), mu=mu, nu=nu), *rest)
+
+
 @pytest.fixture(scope="module")
 def start():
-    """The state before the first step, with two agents."""
-
-    @jax.jit
-    def make(key):
-        state = ppo_ad.init(ACTING, VECTOR, key)
-        agents = [perturbed(state.agent, jax.random.key(i)) for i in (1, 2)]
-        envs = state.acting.envs
-        unlock, end = (jnp.array(x) for x in zip(*SCRIPTS))
-        envs = envs._replace(env=envs.env._replace(physics=envs.env.physics._replace(unlock=unlock, end=end)))
-        return state._replace(acting=state.acting._replace(envs=envs), normaliser=NORMALISER), agents
-
-    return make(jax.random.key(0))
+    """The state before the first step."""
+    state = make_state(ACTING, VECTOR, 0)
+    envs = state.acting.envs
+    unlock, end = (jnp.array(x) for x in zip(*SCRIPTS))
+    envs = envs._replace(env=envs.env._replace(physics=envs.env.physics._replace(unlock=unlock, end=end)))
+    return state._replace(acting=state.acting._replace(envs=envs))
 
 
 ROLLOUTS = 3
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["published", "bootstrap"])
-def rollouts(request, start):
-    """Three rollouts with agents by turns: all steps in one, the agent of each step, and the bootstrapped values."""
-    state, agents = start
-    config = dataclasses.replace(ACTING, bootstrap_time_limit=request.param)
-    collect = jax.jit(partial(ppo_ad.collect, config, VECTOR))
-    acting, recorded, used, last = state.acting, [], [], []
-    for i in range(ROLLOUTS):
-        acting, rollout = collect(agents[i % 2], state.normaliser, acting)
-        recorded.append(rollout.steps)
-        last.append((rollout.last_value, acting))
-        used += [exact(agents[i % 2])] * STEPS
-    steps = jax.tree.map(lambda *x: np.concatenate(x), *recorded)
-    return request.param, steps, used, last
+class Recorded(NamedTuple):
+    """Three rollouts, with two agents by turns."""
+
+    bootstrap: bool
+    steps: ppo_ad.Step
+    """All in one, in NumPy."""
+    agents: list
+    """Of each step, in float64."""
+    last_values: list
+    acting: list
+    """After each rollout."""
+
+
+@pytest.fixture(scope="module")
+def recordings(start):
+    both = []
+    for bootstrap in (False, True):
+        config = dataclasses.replace(ACTING, bootstrap_time_limit=bootstrap)
+        collect, agents = jit(partial(ppo_ad.collect, config, VECTOR)), [start.agent, random_agent(ACTING, 1)]
+        actings, rollouts = [start.acting], []
+        for i in range(ROLLOUTS):
+            acting, rollout = collect(agents[i % 2], start.normaliser, actings[-1])
+            actings.append(acting)
+            rollouts.append(rollout)
+        steps = jax.tree.map(lambda *x: np.concatenate(x), *(rollout.steps for rollout in rollouts))
+        used = [exact(agents[t // STEPS % 2]) for t in range(ROLLOUTS * STEPS)]
+        both.append(Recorded(bootstrap, steps, used, [rollout.last_value for rollout in rollouts], actings[1:]))
+    return both
+
+
+@pytest.fixture(params=[0, 1], ids=["published", "bootstrap"])
+def recorded(recordings, request):
+    return recordings[request.param]
 
 
 def slow_memories(steps, used):
@@ -203,10 +245,10 @@ def slow_memories(steps, used):
                 memory = unit(encode(agent, steps.observation[t + 1, e]) - encode(agent, steps.observation[t, e]))
 
 
-def test_memories_of_the_worked_example(rollouts):
+def test_memories_of_the_worked_example(recorded):
     """Known answer 4: unlocked at t = 2 and t = 6 in an episode of length 10. The second is on the last step of a
     rollout; the weights that collected it make its memory, not those that act next."""
-    _, steps, used, _ = rollouts
+    _, steps, used, *_ = recorded
     memory, phi = steps.memory[:, 0], lambda agent, t: encode(agent, steps.observation[t, 0].astype(float))
     assert not memory[:3].any()
     first, second = (unit(phi(used[t], t + 1) - phi(used[t], t)) for t in (2, 6))
@@ -219,16 +261,16 @@ def test_memories_of_the_worked_example(rollouts):
     assert np.abs(other - second).max() > 0.05, "the two agents see it alike, so this test says nothing"
 
 
-def test_memories_equal_a_loop(rollouts):
-    _, steps, used, _ = rollouts
+def test_memories_equal_a_loop(recorded):
+    _, steps, used, *_ = recorded
     for e, t, memory in slow_memories(steps, used):
         np.testing.assert_allclose(steps.memory[t, e], memory, atol=1e-4, err_msg=f"{e} {t}")
     assert (np.abs(steps.memory[STEPS:, 3]).max(1) > 0).any()
 
 
-def test_what_is_unlocked_on_the_last_step_counts_but_is_no_goal(rollouts):
+def test_what_is_unlocked_on_the_last_step_counts_but_is_no_goal(recorded):
     """Known answer 5."""
-    _, steps, _, _ = rollouts
+    steps = recorded.steps
     for e, t in ((1, 9), (2, 4)):
         assert steps.done[t, e] and not steps.unlocked[t, e]
         assert steps.achievements[t, e].sum() == 2 and steps.achievements[t - 1, e].sum() == 1
@@ -236,8 +278,8 @@ def test_what_is_unlocked_on_the_last_step_counts_but_is_no_goal(rollouts):
         assert not steps.achievements[t + 1, e, 0] or steps.unlocked[t + 1, e] or steps.done[t + 1, e]
 
 
-def test_steps_record_what_happened(rollouts):
-    bootstrap, steps, used, last = rollouts
+def test_steps_record_what_happened(recorded):
+    bootstrap, steps, used, last_values, actings = recorded
     mean, deviation = SlowNormaliser(NORMALISER).moments()
     surprise = variance = 0
     for e in range(ENVS):
@@ -263,7 +305,7 @@ def test_steps_record_what_happened(rollouts):
                 np.testing.assert_allclose(steps.reward[t, e], new.sum() + 0.1 * action, rtol=1e-5)
     assert abs(surprise) < 4 * math.sqrt(variance), "actions are not drawn from the policy"
     assert variance > 5
-    for i, (last_value, acting) in enumerate(last[:-1]):
+    for i, (last_value, acting) in enumerate(zip(last_values[:-1], actings)):
         t = STEPS * (i + 1)
         for e in range(ENVS):
             before = used[t - 1]
@@ -272,11 +314,11 @@ def test_steps_record_what_happened(rollouts):
         assert not np.asarray(acting.unlocked).any()
 
 
-def test_returns_go_on_at_the_time_limit_only_if_asked(rollouts, start):
+def test_returns_go_on_at_the_time_limit_only_if_asked(recorded, start):
     """The value of the state that the time limit cut off, with what its last step unlocked as its memory."""
-    bootstrap, steps, used, _ = rollouts
+    bootstrap, steps, used, *_ = recorded
     mean, deviation = SlowNormaliser(NORMALISER).moments()
-    keys = start[0].acting.envs.env.physics.key
+    keys = start.acting.envs.env.physics.key
     raw = lambda t, e, new: new + 0.1 * steps.action[t, e]
     for e, new in ((0, 0), (1, 1)):
         assert steps.done[9, e]
@@ -285,22 +327,13 @@ def test_returns_go_on_at_the_time_limit_only_if_asked(rollouts, start):
         value = mean + deviation * act(agent, terminal, memory)[1]
         expected = raw(9, e, new) + (0.9 * value if bootstrap else 0)
         np.testing.assert_allclose(steps.reward[9, e], expected, rtol=1e-4)
-        assert abs(value) > 0.05
+        assert abs(value) > 0.01
     for e, t in ((2, 4), (3, 8)):
         assert steps.done[t, e]
         np.testing.assert_allclose(steps.reward[t, e], raw(t, e, e == 2), rtol=1e-5)
 
 
 # ---- learning ------------------------------------------------------------------------------------------------------
-
-
-def warm(optimizer, seed):
-    """Adam's state after some steps, so that the size of the next gradient matters, and no rounding of a zero does."""
-    rng = np.random.default_rng(seed)
-    clip, (adam, *rest) = optimizer
-    mu = jax.tree.map(lambda x: jnp.array(1e-3 * rng.normal(size=x.shape), jnp.float32), adam.mu)
-    nu = jax.tree.map(lambda x: jnp.array(1e-5 * (1 + rng.random(x.shape)), jnp.float32), adam.nu)
-    return clip, (adam._replace(count=jnp.array(7, jnp.int32), mu=mu, nu=nu), *rest)
 
 
 class SlowAdam:
@@ -322,6 +355,14 @@ class SlowAdam:
         return jax.tree.map(move, agent, self.mu, self.nu)
 
 
+def check_adam(optimizer, slow, count):
+    _, (adam, *_) = optimizer
+    assert adam.count == slow.count == count
+    for got, expected in ((adam.mu, slow.mu), (adam.nu, slow.nu)):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
+            np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max())
+
+
 def total(trees):
     """Sum of gradients, in float64."""
     return jax.tree.map(lambda *x: sum(x), *map(exact, trees))
@@ -332,7 +373,7 @@ def mean(trees):
     return jax.tree.map(lambda x: x / len(trees), total(trees))
 
 
-def assert_same_change(start, got, expected, tolerance=1e-3):
+def assert_same_change(start, got, expected, tolerance=1e-4):
     """Of every leaf, what has been added to it; relative to the largest change."""
     for (path, a), b, c in zip(jax.tree.leaves_with_path(exact(start)), *map(jax.tree.leaves, (exact(got), expected))):
         assert np.abs(c - a).max() > 0
@@ -341,24 +382,23 @@ def assert_same_change(start, got, expected, tolerance=1e-3):
 
 
 @pytest.fixture(scope="module")
-def learned(rollouts, start):
-    """Two updates, on the first two rollouts: states before and after, and metrics."""
-    (state, agents), (_, steps, _, last) = start, rollouts
+def learned(recordings, start):
+    """Two updates, on the first two rollouts: the config, states before and after, and metrics."""
+    recorded = recordings[0]
     config = dataclasses.replace(ACTING, total_env_steps=2 * ENVS * STEPS - ENVS)
-    learn = jax.jit(partial(ppo_ad.learn, config))
-    states, infos = [state._replace(agent=agents[0], ppo_optimizer=warm(state.ppo_optimizer, 0))], []
+    learn, states, infos = jit(partial(ppo_ad.learn, config)), [start], []
     for i in range(2):
-        part = jax.tree.map(lambda x, i=i: jnp.array(x[i * STEPS : (i + 1) * STEPS]), steps)
-        after, info = learn(states[-1], last[i][1], ppo_ad.Rollout(part, last[i][0]))
+        part = jax.tree.map(lambda x, i=i: jnp.array(x[i * STEPS : (i + 1) * STEPS]), recorded.steps)
+        after, info = learn(states[-1], recorded.acting[i], ppo_ad.Rollout(part, recorded.last_values[i]))
         states.append(after)
         infos.append(info)
-    return config, states, infos
+    return recorded, config, states, infos
 
 
-def slow_returns(steps, last_value, rollout):
+def slow_returns(recorded, rollout):
     """Advantages and returns of a rollout, as lists over time and environments."""
-    at, advantage = rollout * STEPS, np.zeros((STEPS, ENVS))
-    value = np.concatenate([steps.value[at : at + STEPS], last_value[None]]).astype(float)
+    steps, at, advantage = recorded.steps, rollout * STEPS, np.zeros((STEPS, ENVS))
+    value = np.concatenate([steps.value[at : at + STEPS], recorded.last_values[rollout][None]]).astype(float)
     for e in range(ENVS):
         later = 0
         for t in reversed(range(STEPS)):
@@ -368,16 +408,15 @@ def slow_returns(steps, last_value, rollout):
     return advantage, advantage + value[:-1]
 
 
-def test_an_update_equals_a_slow_one(rollouts, learned):
+def test_an_update_equals_a_slow_one(learned):
     """Every gradient step of PPO, with the advantages standardised once (n - 1), minibatches, clipping and Adam."""
-    _, steps, _, last = rollouts
-    config, (before, after, _), (info, _) = learned
-    part = jax.tree.map(lambda x: x[:STEPS], steps)
-    advantage, returns = slow_returns(steps, last[0][0], 0)
+    recorded, config, (before, after, _), (info, _) = learned
+    part = jax.tree.map(lambda x: x[:STEPS], recorded.steps)
+    advantage, returns = slow_returns(recorded, 0)
     flat = advantage.ravel()
     standard = (flat - flat.mean()) / (math.sqrt(((flat - flat.mean()) ** 2).sum() / (flat.size - 1)) + 1e-8)
 
-    @jax.jit
+    @jit
     @partial(jax.value_and_grad, has_aux=True)
     def loss(agent, row, advantage, target):
         log_probs, value = act(agent, encode(agent, row.observation, jnp), row.memory, jnp)
@@ -407,32 +446,32 @@ def test_an_update_equals_a_slow_one(rollouts, learned):
     names = ("loss", "policy_loss", "value_loss", "entropy")
     np.testing.assert_allclose([info[f"train/{name}"] for name in names], np.mean(parts, axis=0), rtol=1e-3, atol=1e-5)
     np.testing.assert_array_equal(jax.random.key_data(after.key), jax.random.key_data(key))
-    assert after.ppo_optimizer[1][0].count == 7 + 8
-    np.testing.assert_allclose(jax.tree.leaves(exact(after.ppo_optimizer[1][0].nu))[0], jax.tree.leaves(adam.nu)[0], rtol=1e-3)
+    check_adam(after.ppo_optimizer, adam, 7 + 8)
 
 
-def test_rollouts_join_the_window_in_order(rollouts, learned):
-    _, steps, _, last = rollouts
-    _, (_, *states), _ = learned
+def test_rollouts_join_the_window_in_order(learned):
+    recorded, _, (_, *states), _ = learned
+    steps = recorded.steps
     for count, state in enumerate(states, 1):
         window = jax.tree.map(np.asarray, state.window)
         for name in ("observation", "action", "memory", "first", "unlocked"):
             for e, t in itertools.product(range(ENVS), range(STEPS * count)):
                 np.testing.assert_array_equal(getattr(window, name)[e, t], getattr(steps, name)[t, e], err_msg=name)
         for i in range(count):
-            returns = slow_returns(steps, last[i][0], i)[1]
+            returns = slow_returns(recorded, i)[1]
             np.testing.assert_allclose(window.returns[:, i * STEPS : (i + 1) * STEPS], returns.T, rtol=1e-4, atol=1e-5)
         assert not window.observation[:, STEPS * count :].any()
         assert state.rollouts == count
     full = ppo_ad.extend(ACTING, states[-1].window, jnp.array(3), jax.tree.map(lambda x: x[:STEPS], steps), returns)
     np.testing.assert_array_equal(full.returns[:, :STEPS], returns.T.astype(np.float32))
-    np.testing.assert_array_equal(full.observation[:, STEPS : 2 * STEPS], steps.observation[STEPS : 2 * STEPS].swapaxes(0, 1))
+    second = slice(STEPS, 2 * STEPS)
+    np.testing.assert_array_equal(full.observation[:, second], steps.observation[second].swapaxes(0, 1))
 
 
-def test_scores_count_the_episodes_that_end_within_the_budget(rollouts, learned):
+def test_scores_count_the_episodes_that_end_within_the_budget(learned):
     """The budget excludes the last step of the second rollout."""
-    _, steps, _, _ = rollouts
-    config, (_, *states), infos = learned
+    recorded, config, (_, *states), infos = learned
+    steps = recorded.steps
     ended = [
         (t, e) for t in range(2 * STEPS) for e in range(ENVS)
         if steps.done[t, e] and (t + 1) * ENVS <= config.total_env_steps
@@ -445,8 +484,8 @@ def test_scores_count_the_episodes_that_end_within_the_budget(rollouts, learned)
         np.testing.assert_array_equal(state.scores.successes, successes)
         score = math.prod(1 + 100 * s / len(far) for s in successes) ** (1 / ACHIEVEMENTS) - 1
         np.testing.assert_allclose(info["train/score"], score, rtol=1e-4)
-        np.testing.assert_allclose(info["train/return"], np.mean([steps.episode_return[x] for x in now]), rtol=1e-5)
-        np.testing.assert_allclose(info["train/episode_length"], np.mean([steps.episode_steps[x] for x in now]), rtol=1e-5)
+        means = [np.mean([values[x] for x in now]) for values in (steps.episode_return, steps.episode_steps)]
+        np.testing.assert_allclose([info["train/return"], info["train/episode_length"]], means, rtol=1e-5)
 
 
 def test_the_step_budget_cuts_the_scores():
@@ -498,7 +537,7 @@ def check_episodes(first, unlocked, find):
 def test_episodes_equal_a_loop(shape):
     """Windows of all densities; nothing is unlocked on the last step of an episode, nor too much in one."""
     rng, seen = np.random.default_rng(0), []
-    find = jax.jit(lambda first, unlocked: ppo_ad.find_episodes(first, unlocked, 6))
+    find = jit(lambda first, unlocked: ppo_ad.find_episodes(first, unlocked, 6))
     for cutting, unlocking in itertools.product((0, 0.03, 0.1, 0.3, 0.6, 1), (0, 0.1, 0.4, 1)):
         for _ in range(3):
             first, unlocked = rng.random(shape) < cutting, rng.random(shape) < unlocking
@@ -518,22 +557,24 @@ def test_episodes_equal_a_loop(shape):
 def test_most_episodes_a_window_can_hold():
     """All of length 2, each with something unlocked."""
     first, unlocked = np.tile([True, False], (2, 6)), np.tile([True, False], (2, 6))
-    assert len(check_episodes(first, unlocked, partial(ppo_ad.find_episodes, achievements=3))) == 10
+    find = jit(partial(ppo_ad.find_episodes, achievements=3))
+    assert len(check_episodes(first, unlocked, find)) == 10
     first = np.pad(first, ((0, 0), (0, 1)), constant_values=True)
     unlocked = np.pad(unlocked, ((0, 0), (0, 1)))
-    assert len(check_episodes(first, unlocked, partial(ppo_ad.find_episodes, achievements=3))) == 12
+    assert len(check_episodes(first, unlocked, find)) == 12
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 5])
 def test_shuffle_is_a_permutation(count):
-    orders = np.asarray(jax.vmap(lambda key: ppo_ad.shuffle(key, jnp.array(count), 5))(jax.random.split(jax.random.key(0), 20)))
+    keys = jax.random.split(jax.random.key(0), 20)
+    orders = np.asarray(jax.vmap(lambda key: ppo_ad.shuffle(key, jnp.array(count), 5))(keys))
     np.testing.assert_array_equal(np.sort(orders[:, :count]), np.tile(np.arange(count), (20, 1)))
     np.testing.assert_array_equal(np.sort(orders), np.tile(np.arange(5), (20, 1)))
 
 
 def test_shuffle_is_uniform():
     keys = jax.random.split(jax.random.key(1), 12_000)
-    orders = np.asarray(jax.jit(jax.vmap(lambda key: ppo_ad.shuffle(key, jnp.array(4), 7)))(keys))[:, :4]
+    orders = np.asarray(jit(jax.vmap(lambda key: ppo_ad.shuffle(key, jnp.array(4), 7)))(keys))[:, :4]
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(counts) == 24 and stats.chisquare(counts).pvalue > 1e-3
 
@@ -552,29 +593,53 @@ UNLOCKS = ((1, 4, 6, 16, 20, 21, 31, 34, 37), (0, 6, 15, 28, 33, 39))
 partial ones at the edges. A minibatch of prediction has 8 steps at most."""
 
 
-def phase_state(config, seed=0):
+def phase_state(config, cuts=CUTS, unlocks=UNLOCKS, seed=0):
     """The state before an auxiliary phase, with a window made by hand."""
     rng = np.random.default_rng(seed)
     first, unlocked = np.zeros(WINDOW, bool), np.zeros(WINDOW, bool)
     for e in range(2):
-        first[e, list(CUTS[e])] = True
-        unlocked[e, list(UNLOCKS[e])] = True
+        first[e, list(cuts[e])] = True
+        unlocked[e, list(unlocks[e])] = True
     size = ppo_ad.memory_size(config)
     memory = unit_rows(rng, *WINDOW, size) * (rng.random((*WINDOW, 1)) < 0.7) if size else np.zeros((*WINDOW, 0))
     observation = rng.normal(size=(*WINDOW, FEATURES))
     returns, action = rng.normal(1, 1, WINDOW), rng.integers(0, 3, WINDOW)
-    window = [jnp.array(x, jnp.float32) for x in (observation, memory, returns)]
-    window = ppo_ad.Window(window[0], jnp.array(action, jnp.int32), *window[1:], jnp.array(first), jnp.array(unlocked))
-    vector = Scripted().vectorise(2, 30)
+    arrays = [jnp.array(x, jnp.float32) for x in (observation, memory, returns)]
+    window = ppo_ad.Window(arrays[0], jnp.array(action, jnp.int32), *arrays[1:], jnp.array(first), jnp.array(unlocked))
+    return make_state(config, Scripted().vectorise(2, config.episode_length), seed)._replace(window=window)
 
-    @jax.jit
-    def make(key):
-        state = ppo_ad.init(config, vector, key)
-        return state._replace(agent=perturbed(state.agent, jax.random.key(seed + 1)), normaliser=NORMALISER)
 
-    state = make(jax.random.key(seed))
-    prediction, matching = (warm(x, i) for i, x in enumerate((state.prediction_optimizer, state.matching_optimizer)))
-    return state._replace(window=window, prediction_optimizer=prediction, matching_optimizer=matching)
+shuffle = jit(ppo_ad.shuffle, static_argnums=2)
+
+
+def differentiated(loss):
+    """((loss, more), gradient by the agent)"""
+    return jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@differentiated
+def prediction_term(agent, positive, negative, anchor):
+    psi = lambda o, a, m: predict(agent, encode(agent, o, jnp), a, m, jnp)
+    p, n = psi(*positive), psi(*negative)
+    return contrast(anchor, p, n, jnp), anchor @ p > anchor @ n
+
+
+@differentiated
+def matching_term(agent, before, after, positive, negative):
+    anchor = unit(encode(agent, after, jnp) - encode(agent, before, jnp), jnp)
+    return contrast(anchor, positive, negative, jnp), anchor @ positive > anchor @ negative
+
+
+def regulariser(variant, agent, observation, memory, old, target):
+    log_probs, value = act(agent, encode(agent, observation, jnp), memory, jnp)
+    if variant == "code":
+        divergence, error = jnp.exp(log_probs) @ (log_probs - old), (value - target) ** 2
+    else:
+        divergence, error = jnp.exp(old) @ (old - log_probs), (value - target) ** 2 / 2
+    return divergence + error, (divergence, error)
+
+
+regularise = {variant: differentiated(partial(regulariser, variant)) for variant in ("code", "paper")}
 
 
 class SlowPhase:
@@ -597,39 +662,15 @@ class SlowPhase:
         self.most = envs * (time // 2)
         old = lambda e, t: act(frozen, encode(frozen, self.observation[e, t]), self.memory[e, t])
         self.old = [[old(e, t) for t in range(time)] for e in range(envs)]
-        self.metrics = {name: [] for name in self.adam}
-
-        @jax.jit
-        @partial(jax.value_and_grad, has_aux=True)
-        def prediction_term(agent, positive, negative, anchor):
-            psi = lambda o, a, m: predict(agent, encode(agent, o, jnp), a, m, jnp)
-            p, n = psi(*positive), psi(*negative)
-            return contrast(anchor, p, n, jnp), anchor @ p > anchor @ n
-
-        @jax.jit
-        @partial(jax.value_and_grad, has_aux=True)
-        def matching_term(agent, before, after, positive, negative):
-            anchor = unit(encode(agent, after, jnp) - encode(agent, before, jnp), jnp)
-            return contrast(anchor, positive, negative, jnp), anchor @ positive > anchor @ negative
-
-        @jax.jit
-        @partial(jax.value_and_grad, has_aux=True)
-        def regulariser(agent, observation, memory, old, target):
-            log_probs, value = act(agent, encode(agent, observation, jnp), memory, jnp)
-            if config.variant == "code":
-                divergence, error = jnp.exp(log_probs) @ (log_probs - old), (value - target) ** 2
-            else:
-                divergence, error = jnp.exp(old) @ (old - log_probs), (value - target) ** 2 / 2
-            return divergence + error, (divergence, error)
-
-        self.prediction_term, self.matching_term, self.regulariser = prediction_term, matching_term, regulariser
+        self.metrics, self.without_negative = {name: [] for name in self.adam}, 0
+        self.regulariser = regularise[config.variant]
 
     def run(self, key):
         for epoch_key in jax.random.split(key, self.config.auxiliary_epochs):
             matching_key, prediction_key = jax.random.split(epoch_key)
             for visit, visit_key in ((self.match, matching_key), (self.predict, prediction_key)):
                 order_key, visit_key = jax.random.split(visit_key)
-                order = ppo_ad.shuffle(order_key, jnp.array(len(self.episodes)), self.most)[: len(self.episodes)]
+                order = shuffle(order_key, len(self.episodes), self.most)[: len(self.episodes)]
                 for i, which in enumerate(np.asarray(order)):
                     visit(which, jax.random.fold_in(visit_key, i))
 
@@ -655,10 +696,10 @@ class SlowPhase:
         e, start, end, goals = self.episodes[which]
         length, batch = end - start, self.config.auxiliary_batch_size
         if length <= batch:
-            chunks, partner = [range(length)], ppo_ad.shuffle(key, jnp.array(length), self.padded(length, batch))
+            chunks, partner = [range(length)], shuffle(key, length, self.padded(length, batch))
         else:
-            longest = self.config.episode_length
-            order, partner = (ppo_ad.shuffle(k, jnp.array(length), longest) for k in jax.random.split(key))
+            longest = min(self.config.episode_length, self.action.shape[1])
+            order, partner = (shuffle(k, length, longest) for k in jax.random.split(key))
             order = np.asarray(order)[:length]
             chunks = [order[i : i + batch] for i in range(0, length, batch)]
         partner = np.asarray(partner)
@@ -670,7 +711,7 @@ class SlowPhase:
                 t, other = start + step, start + partner[step]
                 later = [vector for goal, vector in zip(goals, vectors) if t < goal + 1]
                 row = lambda t: (self.observation[e, t], self.action[e, t], self.memory[e, t])
-                terms.append(self.prediction_term(self.agent, row(t), row(other), later[0] if later else none))
+                terms.append(prediction_term(self.agent, row(t), row(other), later[0] if later else none))
                 rows += [(e, t), (e, other)]
             self.learn("prediction", terms, rows)
 
@@ -695,8 +736,10 @@ class SlowPhase:
                 if free:
                     negative = theirs[max(free, key=lambda k: noise[number, k])]
                     pair = self.observation[e, goals[u]], self.observation[e, goals[u] + 1]
-                    terms.append(self.matching_term(self.agent, *pair, theirs[v], negative))
+                    terms.append(matching_term(self.agent, *pair, theirs[v], negative))
                     rows.append((e, start + steps[number]))
+                else:
+                    self.without_negative += 1
                 number += 1
         if terms:
             self.learn("matching", terms, rows)
@@ -708,36 +751,162 @@ class SlowPhase:
         return ot.partial.entropic_partial_wasserstein(np.ones(m), np.ones(n), cost, 0.05, **arguments)
 
 
-@pytest.mark.parametrize(
-    ("options", "buckets"),
-    [({}, []), ({"variant": "paper", "transport": "sinkhorn", "memory": False, "num_targets": 3}, [3])],
-    ids=["code", "paper"],
-)
-def test_an_auxiliary_phase_equals_a_slow_one(monkeypatch, options, buckets):
-    """No padding, no masks, no batches; the second time, arrays are padded to 3 or to the largest size."""
-    if buckets:
-        monkeypatch.setattr(ppo_ad, "sizes", lambda largest: [*buckets, largest])
-    padded = lambda count, largest: next(size for size in [*buckets, largest] if count <= size)
-    config = dataclasses.replace(CONFIG, **options)
-    state = phase_state(config)
-    after, info = jax.jit(partial(ppo_ad.distil, config))(state)
+def check_phase(config, distil, state, padded=lambda count, largest: largest):
+    """That the phase equals the slow one. Returns the latter, the state and the metrics."""
+    after, info = distil(state)
     key, phase_key = jax.random.split(state.key)
     slow = SlowPhase(config, state, padded)
     slow.run(phase_key)
-
-    assert [(end - start, len(goals)) for _, start, end, goals in slow.episodes] == [
-        (7, 2), (19, 4), (2, 1), (8, 2), (16, 1), (5, 1)
-    ]  # fmt: skip
-    assert len(slow.metrics["prediction"]) == 2 * (1 + 3 + 1 + 1 + 2 + 1)
     assert_same_change(state.agent, after.agent, slow.agent)
     np.testing.assert_allclose(after.normaliser, slow.normaliser.values(), rtol=1e-4)
     for name, steps in slow.metrics.items():
         assert info[f"auxiliary/{name}_steps"] == len(steps)
-        expected = np.mean(steps, axis=0)
+        expected = np.mean(steps, axis=0) if steps else [np.nan] * 4
         for metric, value in zip(("loss", "accuracy", "policy_divergence", "value_error"), expected):
             np.testing.assert_allclose(info[f"auxiliary/{name}_{metric}"], value, rtol=1e-3, atol=1e-5, err_msg=metric)
-        _, (adam, *_) = getattr(after, f"{name}_optimizer")
-        assert adam.count == slow.adam[name].count == 7 + len(steps)
-    assert info["auxiliary/episodes"] == 6
-    np.testing.assert_allclose(info["auxiliary/goals"], 11 / 6, rtol=1e-5)
+        check_adam(getattr(after, f"{name}_optimizer"), slow.adam[name], 7 + len(steps))
     np.testing.assert_array_equal(jax.random.key_data(after.key), jax.random.key_data(key))
+    goals = [len(goals) for *_, goals in slow.episodes]
+    assert info["auxiliary/episodes"] == len(goals)
+    np.testing.assert_allclose(info["auxiliary/goals"], np.mean(goals), rtol=1e-5)
+    return slow, after, info
+
+
+@pytest.fixture(scope="module")
+def distil():
+    return jit(partial(ppo_ad.distil, CONFIG))
+
+
+def test_an_auxiliary_phase_equals_a_slow_one(distil):
+    """No padding, no masks, no batches. Long episodes are split into minibatches."""
+    slow, *_ = check_phase(CONFIG, distil, phase_state(CONFIG))
+    assert [(end - start, len(goals)) for _, start, end, goals in slow.episodes] == [
+        (7, 2), (19, 4), (2, 1), (8, 2), (16, 1), (5, 1)
+    ]  # fmt: skip
+    assert len(slow.metrics["prediction"]) == 2 * (1 + 3 + 1 + 1 + 2 + 1)
+    assert len(slow.metrics["matching"]) == 2 * 6
+
+
+def test_an_auxiliary_phase_of_the_papers_variant_equals_a_slow_one(monkeypatch):
+    """Arrays are padded to 6 or to the largest size, and there is no memory."""
+    monkeypatch.setattr(ppo_ad, "sizes", lambda largest: [6, largest])
+    config = dataclasses.replace(
+        CONFIG, variant="paper", transport="sinkhorn", memory=False, num_targets=3, auxiliary_batch_size=20,
+        episode_length=20,
+    )  # fmt: skip
+    padded = lambda count, largest: 6 if count <= 6 else largest
+    slow, *_ = check_phase(config, jit(partial(ppo_ad.distil, config)), phase_state(config), padded)
+    assert len(slow.metrics["prediction"]) == 2 * 6
+    assert slow.without_negative > 0
+
+
+def test_episodes_without_any_match_change_nothing(distil):
+    """One achievement against three that look alike: the plan moves a third to each, in either direction."""
+    state = phase_state(CONFIG, cuts=((3, 11, 14), ()), unlocks=((4, 6, 8, 12), ()))
+    observation = np.array(state.window.observation)
+    for t in (6, 8):
+        observation[0, [t, t + 1]] = observation[0, [4, 5]]
+    state = state._replace(window=state.window._replace(observation=jnp.array(observation)))
+    slow, after, _ = check_phase(CONFIG, distil, state)
+    assert not slow.metrics["matching"] and len(slow.metrics["prediction"]) == 2 * 2
+    same(state.matching_optimizer, after.matching_optimizer)
+
+
+def same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert (x == y).all()
+
+
+def test_one_episode_has_nothing_to_match_with(distil):
+    state = phase_state(CONFIG, cuts=((), (3, 9, 12)), unlocks=((5,), (4, 6, 7, 14)))
+    slow, after, _ = check_phase(CONFIG, distil, state)
+    assert not slow.metrics["matching"] and len(slow.metrics["prediction"]) == 2
+    same(state.matching_optimizer, after.matching_optimizer)
+
+
+@pytest.mark.parametrize(("cuts", "unlocks"), [(((), ()), ((), ())), (((3,), (1, 4, 5)), ((4, 7), (0, 6, 39)))])
+def test_a_window_without_episodes_changes_nothing(distil, cuts, unlocks):
+    """None at all, or none that is whole and has an achievement."""
+    state = phase_state(CONFIG, cuts, unlocks)
+    after, info = distil(state)
+    assert info["auxiliary/episodes"] == info["auxiliary/matching_steps"] == info["auxiliary/prediction_steps"] == 0
+    same(state._replace(key=after.key), after)
+    assert np.isnan(info["auxiliary/prediction_loss"])
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+PROBING = dataclasses.replace(ACTING, probe=True, num_eval_envs=6)
+
+
+def follow(config, vector, agent, start, keys):
+    """Steps of all environments, in NumPy."""
+    unused, acting, seen = ppo_ad.Normaliser(*jnp.zeros(3)), start, []
+    step = jit(partial(ppo_ad.step, config, vector))
+    for key in keys:
+        acting, row = step(agent, unused, acting, key)
+        seen.append(row)
+    return jax.tree.map(lambda *x: np.array(x), *seen)
+
+
+def slow_probe(agent, steps, updates):
+    """Logistic regression on the standardised latents, by full-batch Adam; accuracy and median confidence."""
+    data = [[], []]
+    time, envs = steps.done.shape
+    everything = []
+    for e, t in itertools.product(range(envs), range(time)):
+        x = encode(agent, steps.observation[t, e].astype(float))
+        if e < envs // 2:
+            everything.append(x)
+        for later in range(t, time):
+            before = steps.achievements[later - 1, e] if later and not steps.first[later, e] else np.zeros(ACHIEVEMENTS)
+            new = np.flatnonzero(steps.achievements[later, e] & ~before.astype(bool))
+            if len(new):
+                data[e >= envs // 2].append((x, new[0]))
+                break
+            if steps.done[later, e]:
+                break
+    centre, spread = np.mean(everything, axis=0), np.std(everything, axis=0) + 1e-6
+    (train_x, train_y), (test_x, test_y) = ((np.array([x for x, _ in d]), np.array([y for _, y in d])) for d in data)
+    weights, mu, nu = np.zeros((3, len(centre) + 1, ACHIEVEMENTS))
+
+    def probabilities(x):
+        logits = (x - centre) / spread @ weights[:-1] + weights[-1]
+        return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+    for i in range(1, updates + 1):
+        error = (probabilities(train_x) - np.eye(ACHIEVEMENTS)[train_y]) / len(train_y)
+        inputs = np.append((train_x - centre) / spread, np.ones((len(train_y), 1)), axis=1)
+        gradient = inputs.T @ error
+        mu, nu = 0.9 * mu + 0.1 * gradient, 0.999 * nu + 0.001 * gradient**2
+        weights -= 0.01 * (mu / (1 - 0.9**i)) / (np.sqrt(nu / (1 - 0.999**i)) + 1e-8)
+    p = probabilities(test_x)
+    return np.mean(p.argmax(1) == test_y), np.median(p[np.arange(len(test_y)), test_y]), len(test_y) / (time * envs / 2)
+
+
+def test_evaluation_and_probe_equal_loops(monkeypatch):
+    """The first episode of each environment; and the probe's labels and fit."""
+    monkeypatch.setattr(ppo_ad, "PROBE_STEPS", 40)
+    monkeypatch.setattr(ppo_ad, "PROBE_UPDATES", 30)
+    vector, agent = Scripted().vectorise(6, LIMIT), random_agent(ACTING, 0)
+    info = jit(partial(ppo_ad.evaluate, PROBING, vector))(agent, jax.random.key(0))
+
+    begin = jit(partial(ppo_ad.start_acting, PROBING, vector))
+    start_key, step_key, probe_key = jax.random.split(jax.random.key(0), 3)
+    keys = [jax.random.fold_in(step_key, t) for t in range(LIMIT)]
+    steps = follow(PROBING, vector, agent, begin(start_key), keys)
+    ends = steps.done.argmax(axis=0), np.arange(6)
+    success = steps.achievements[ends].mean(axis=0)
+    np.testing.assert_allclose(info["eval/return"], steps.episode_return[ends].mean(), rtol=1e-5)
+    np.testing.assert_allclose(info["eval/episode_length"], ends[0].mean() + 1, rtol=1e-6)
+    np.testing.assert_allclose([info[f"eval/success/a{i}"] for i in range(ACHIEVEMENTS)], success, rtol=1e-6)
+    score = math.prod(1 + 100 * s for s in success) ** (1 / ACHIEVEMENTS) - 1
+    np.testing.assert_allclose(info["eval/score"], score, rtol=1e-4)
+    assert len(set(ends[0])) > 2 and (steps.achievements[ends] != steps.achievements[ends[0] - 1, ends[1]]).any()
+
+    start_key, probe_key = jax.random.split(probe_key)
+    steps = follow(PROBING, vector, agent, begin(start_key), jax.random.split(probe_key, 40))
+    accuracy, confidence, labelled = slow_probe(exact(agent), steps, 30)
+    np.testing.assert_allclose(info["eval/probe_accuracy"], accuracy, rtol=1e-5)
+    np.testing.assert_allclose(info["eval/probe_confidence"], confidence, rtol=1e-3)
+    assert 0.3 < labelled < 0.9
