@@ -1247,7 +1247,7 @@ def draw_film(config: Config, vector: VectorEnv, agent: Agent, stem: str) -> str
     last = np.where(done.any(axis=0), done.argmax(axis=0), len(done) - 1)
     frames = np.minimum(np.arange(last.max() + 1), last[:, None])  # (episodes, time)
     episode = np.arange(done.shape[1])[:, None]
-    return vector.env.render(jax.tree.map(lambda x: np.asarray(x)[frames, episode], states), stem)
+    return vector.env.render(jax.tree.map(lambda x: x[frames, episode], states), stem)
 
 
 def draw_success(folder, names: tuple[str, ...], title: str):

@@ -210,7 +210,9 @@ class VectorEnv:
             first=jax.tree.map(jnp.copy, state) if self.goals == "fixed" else None,
         )
 
-    def step(self, state: VectorState, action: Float[Array, "num_envs action"]) -> tuple[VectorState, Transition]:
+    def step(
+        self, state: VectorState, action: Float[Array, "num_envs action"] | Int[Array, " num_envs"]
+    ) -> tuple[VectorState, Transition]:
         after = jax.vmap(self.env.step)(state.env, action)
         steps = state.steps + 1
         truncated = (steps >= self.episode_length) & ~after.terminated
