@@ -41,7 +41,7 @@ from shared.networks import Dense, ImpalaCNN, NormedDense, count_parameters, uni
 
 RECIPES = {
     "minicraft": dict(
-        total_env_steps=250_000,
+        total_env_steps=400_000,
         num_envs=16,
         episode_length=100,
         unroll_length=128,
@@ -51,8 +51,8 @@ RECIPES = {
         dense_size=64,
         latent_size=64,
         num_eval_envs=128,
-        eval_every=25_000,
-        checkpoint_every=50_000,
+        eval_every=40_000,
+        checkpoint_every=80_000,
     ),
 }
 """Settings for environments whose name matches a pattern; a flag overrides each."""

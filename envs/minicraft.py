@@ -2,7 +2,8 @@
 
 A square meadow with a few trees, rocks and ores. Seven achievements need one another in turn: collect wood, place a
 table, make a wooden pickaxe, collect stone, make a stone pickaxe, collect iron, make an iron pickaxe.
-As in Crafter, which it is a miniature of, the first time that an episode achieves something is rewarded with 1.
+As in Crafter, which it is a miniature of, the first time that an episode achieves something is rewarded with 1, and part of
+what the agent sees is noise, as Crafter's nights are.
 """
 
 from typing import NamedTuple
@@ -30,6 +31,8 @@ WOOD, ROCK, ORE, WOOD_PICKAXE, STONE_PICKAXE, IRON_PICKAXE = range(6)
 """Entries of the inventory."""
 MOST = 5
 """Of each thing at most so many are carried."""
+NOISE = 32
+"""Numbers in an observation that mean nothing."""
 
 
 class World(NamedTuple):
@@ -37,18 +40,20 @@ class World(NamedTuple):
     position: Int[Array, "2"]
     facing: Int[Array, "2"]
     inventory: Int[Array, "6"]
+    key: Key[Array, ""]
+    """Where the noise of the next observations comes from."""
 
 
 class Minicraft(AchievementEnv):
     """Nothing ends an episode but the time limit.
 
-    Observation: the cells around the robot as indicators (beyond the edge is wall), the direction it faces, and the
-    inventory, each count divided by `MOST`.
+    Observation: the cells around the robot as indicators (beyond the edge is wall), the direction it faces, the
+    inventory, each count divided by `MOST`, and `NOISE` standard normal numbers, drawn anew at each step.
     """
 
     name = "minicraft"
     num_actions = len(ACTIONS)
-    observation_shape = (VIEW * VIEW * 6 + 2 + 6,)
+    observation_shape = (VIEW * VIEW * 6 + 2 + 6 + NOISE,)
     achievement_names = (
         *("collect_wood", "place_table", "make_wood_pickaxe", "collect_stone", "make_stone_pickaxe"),
         *("collect_iron", "make_iron_pickaxe"),
@@ -57,10 +62,11 @@ class Minicraft(AchievementEnv):
     def reset(self, key: Key[Array, ""]) -> State:
         """A new meadow: everything lies in random cells, the robot in another one."""
         contents = jnp.concatenate([jnp.full(count, kind) for kind, count in COUNTS.items()])
-        where = jax.random.choice(key, SIZE * SIZE, (len(contents) + 1,), replace=False)
+        key, world_key = jax.random.split(key)
+        where = jax.random.choice(world_key, SIZE * SIZE, (len(contents) + 1,), replace=False)
         cells = jnp.full(SIZE * SIZE, GRASS).at[where[1:]].set(contents).reshape(SIZE, SIZE)
         position = jnp.stack(jnp.divmod(where[0], SIZE))
-        world = World(cells, position, jnp.array([0, 1]), jnp.zeros(6, jnp.int32))
+        world = World(cells, position, jnp.array([0, 1]), jnp.zeros(6, jnp.int32), key)
         return self._state(world, jnp.zeros(len(self.achievement_names), bool), jnp.zeros(()))
 
     def step(self, state: State, action: Int[Array, ""]) -> State:
@@ -70,20 +76,23 @@ class Minicraft(AchievementEnv):
         return self._state(world, achievements, reward)
 
     def _state(self, world: World, achievements: Bool[Array, " achievements"], reward: Float[Array, ""]) -> State:
-        return State(world, observe(world), jnp.zeros(0), reward, jnp.zeros((), bool), achievements)
+        key, noise_key = jax.random.split(world.key)
+        observation = jnp.concatenate([observe(world), jax.random.normal(noise_key, (NOISE,))])
+        world = world._replace(key=key)
+        return State(world, observation, jnp.zeros(0), reward, jnp.zeros((), bool), achievements)
 
     def render(self, states: State, stem: str) -> str:
         """A GIF of up to four episodes side by side: cells in colour, the robot black, what it carries below."""
         from envs.crafter import save_gif
 
-        films = [film(World(*world)) for world in zip(*(np.asarray(x[:4]) for x in states.physics))]
+        films = [film(*world) for world in zip(*(np.asarray(x[:4]) for x in states.physics[:-1]))]
         save_gif(np.concatenate(films, axis=2), f"{stem}.gif", fps=8)
         return f"{stem}.gif"
 
 
 def act(world: World, action: Int[Array, ""]) -> tuple[World, Bool[Array, "7"]]:
     """The world after an action, and which achievements the action amounts to (again, maybe)."""
-    cells, position, facing, bag = world
+    cells, position, facing, bag, key = world
     moving = action < len(MOVES)
     facing = jnp.where(moving, jnp.asarray(MOVES)[jnp.minimum(action, len(MOVES) - 1)], facing)
     ahead = position + facing
@@ -118,10 +127,11 @@ def act(world: World, action: Int[Array, ""]) -> tuple[World, Bool[Array, "7"]]:
     collected = done["collect_stone"] | done["collect_iron"]
     new = jnp.where(done["place_table"], TABLE, jnp.where(collected, GRASS, kind))
     cells = cells.at[tuple(jnp.where(inside, ahead, SIZE))].set(new, mode="drop")
-    return World(cells, position, facing, jnp.minimum(bag, MOST)), achieved
+    return World(cells, position, facing, jnp.minimum(bag, MOST), key), achieved
 
 
-def observe(world: World) -> Float[Array, " observation"]:
+def observe(world: World) -> Float[Array, " features"]:
+    """What is seen, without the noise."""
     margin = VIEW // 2
     padded = jnp.pad(world.cells, margin, constant_values=WALL)
     view = jax.lax.dynamic_slice(padded, tuple(world.position), (VIEW, VIEW))
@@ -134,18 +144,19 @@ COLOURS = np.array(
 )
 
 
-def film(worlds: World, cell: int = 16) -> np.ndarray:
-    """Frames (time, height, width, 3) in uint8 of worlds with a leading axis of time."""
+def film(cells: np.ndarray, position: np.ndarray, facing: np.ndarray, inventory: np.ndarray, cell: int = 16):
+    """Frames (time, height, width, 3) in uint8 of the worlds of one episode; all arguments have a leading axis of time.
+
+    Below the meadow is the inventory: a bar for each of wood, stone and ore, a square for each pickaxe.
+    """
     frames = []
-    for cells, position, facing, bag in zip(*worlds):
-        picture = COLOURS[cells].repeat(cell, 0).repeat(cell, 1)
-        x, y = position * cell + cell // 2
+    for meadow, (x, y), (dx, dy), bag in zip(cells, position * cell + cell // 2, 4 * facing, inventory):
+        picture = COLOURS[meadow].repeat(cell, 0).repeat(cell, 1)
         picture[x - 5 : x + 5, y - 5 : y + 5] = 0
-        x, y = x + 4 * facing[0], y + 4 * facing[1]
-        picture[x - 2 : x + 2, y - 2 : y + 2] = 255
+        picture[x + dx - 2 : x + dx + 2, y + dy - 2 : y + dy + 2] = 255
         shelf = np.full((cell, SIZE * cell, 3), 40)
-        for i, (count, kind) in enumerate(zip(bag, (TREE, STONE, IRON, TREE, STONE, IRON))):
+        for i, (count, kind) in enumerate(zip(bag, (TREE, STONE, IRON) * 2)):
             width = 2 * count if i < 3 else 10 * min(count, 1)
-            shelf[3:13, 4 + 24 * i : 4 + 24 * i + width] = COLOURS[kind]
+            shelf[3:13, 4 + 18 * i : 4 + 18 * i + width] = COLOURS[kind]
         frames.append(np.pad(np.concatenate([picture.swapaxes(0, 1), shelf]), ((0, 0), (0, 6), (0, 0))))
     return np.stack(frames).astype(np.uint8)

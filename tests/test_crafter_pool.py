@@ -339,8 +339,8 @@ def test_render_draws_the_episodes_side_by_side(played, tmp_path):
     assert path == str(tmp_path / "film.gif")
     with Image.open(path) as film:
         assert STEPS / 2 < film.n_frames <= STEPS  # equal ones after another are one
-        assert film.size[1] == 4 * 64
-        assert film.size[0] >= 4 * 64 * NUM_ENVS
+        assert film.size[1] % 64 == 0
+        assert film.size[0] >= NUM_ENVS * film.size[1]
 
 
 def _film(played):

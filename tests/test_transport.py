@@ -145,6 +145,13 @@ def test_sinkhorn_converges_to_the_optimum(instances, optima):
     np.testing.assert_allclose(entries(own), entries(optima[::4]), atol=2e-3)
 
 
+def test_sinkhorn_is_plain_where_both_sides_have_as_many():
+    """Then nothing is slack, and without a cut at 0 the plan converges several times as fast."""
+    costs = [1 - cosine for cosine, _ in draw("clean", 600) if len(cosine) == len(cosine.T)]
+    assert len(costs) > 20
+    np.testing.assert_allclose(entries(solve(costs, "sinkhorn")), entries(converged(costs)), atol=2e-2)
+
+
 def test_the_optimum_is_pots_after_many_iterations(instances, optima):
     plans = [pot(cost, 5000) for cost in instances[0][::37]]
     np.testing.assert_allclose(entries(plans), entries(optima[::37]), atol=2e-3)
