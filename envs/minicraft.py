@@ -2,7 +2,7 @@
 
 A square meadow with a few trees, rocks and ores. Seven achievements need one another in turn: collect wood, place a
 table, make a wooden pickaxe, collect stone, make a stone pickaxe, collect iron, make an iron pickaxe.
-As in Crafter, which it is a miniature of, the first time that an episode achieves something is rewarded with 1, and part of
+As in Crafter, which it is a miniature of, what an episode achieves for the first time is rewarded with 1, and part of
 what the agent sees is noise, as Crafter's nights are.
 """
 

@@ -772,13 +772,14 @@ def test_prediction_targets_of_the_worked_example(monkeypatch):
     rows = ppo_ad.Rows(jnp.array(observation), blank.astype(int), jnp.zeros((14, 0)), blank, jnp.zeros((14, 3)), blank)
     agent = random_agent(CONFIG, 0)
     names = "config learner sums which loss rows positive negative anchor valid"
-    monkeypatch.setattr(ppo_ad, "apply", lambda *args, valid: dict(zip(names.split(), args))["anchor"])
+    monkeypatch.setattr(ppo_ad, "apply", lambda *args, valid: (args[1], dict(zip(names.split(), args))))
 
     @jit
     def anchors(agent):
         learner, steps = ppo_ad.Learner(agent, NORMALISER, None, None), jnp.arange(10)
         valid = jnp.ones(10, bool)
-        return ppo_ad.predict_steps(CONFIG, learner, {}, ppo_ad.Past(rows, episodes), 0, 2 + steps, steps, steps, valid)
+        past = ppo_ad.Past(rows, episodes)
+        return ppo_ad.predict_steps(CONFIG, learner, {}, past, 0, 2 + steps, steps, steps, valid)[1]["anchor"]
 
     phi = [encode(exact(agent), o.astype(float)) for o in observation[2:12]]
     targets = [unit(phi[3] - phi[2])] * 3 + [unit(phi[7] - phi[6])] * 4 + [unit(-phi[9])] * 3
