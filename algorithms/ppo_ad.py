@@ -10,7 +10,7 @@ by partial optimal transport between their sequences (cross-trajectory matching)
 KL penalty. The achievement unlocked last is the policy's memory. An achievement is represented by the change of the
 latent state that unlocking it made; which one it is, or what there is to achieve, is never told.
 
-    python algorithms/ppo_ad.py                                    a small world with eight achievements (minutes)
+    python algorithms/ppo_ad.py                                    a small world with six achievements (3 minutes)
     python algorithms/ppo_ad.py --distill=false                    plain PPO on it
     python algorithms/ppo_ad.py --env craftax_classic_pixels       the paper's networks and budget (for a GPU)
     python algorithms/ppo_ad.py --env crafter                      the original benchmark: pip install -e '.[crafter]'
@@ -41,7 +41,7 @@ from shared.networks import Dense, ImpalaCNN, NormedDense, count_parameters, uni
 
 RECIPES = {
     "minicraft": dict(
-        total_env_steps=400_000,
+        total_env_steps=300_000,
         num_envs=16,
         episode_length=100,
         unroll_length=128,
@@ -51,8 +51,8 @@ RECIPES = {
         dense_size=64,
         latent_size=64,
         num_eval_envs=128,
-        eval_every=40_000,
-        checkpoint_every=80_000,
+        eval_every=30_000,
+        checkpoint_every=60_000,
     ),
 }
 """Settings for environments whose name matches a pattern; a flag overrides each."""

@@ -1,7 +1,7 @@
 """A small world with a hierarchy of achievements, in pure JAX: achievement distillation on a laptop, and tests.
 
-A square meadow with a few trees, rocks and ores. Seven achievements need one another in turn: collect wood, place a
-table, make a wooden pickaxe, collect stone, make a stone pickaxe, collect iron, make an iron pickaxe.
+A square meadow with a few trees, rocks and ores. Six achievements need one another in turn: collect wood, place a
+table, make a wooden pickaxe, collect stone, make a stone pickaxe, collect iron.
 As in Crafter, which it is a miniature of, what an episode achieves for the first time is rewarded with 1, and part of
 what the agent sees is noise, as Crafter's nights are.
 """
@@ -22,12 +22,9 @@ VIEW = 5
 GRASS, TREE, STONE, IRON, TABLE, WALL = range(6)
 COUNTS = {TREE: 3, STONE: 3, IRON: 2}
 """How many of each a world has. A cell that is collected becomes grass."""
-ACTIONS = (
-    *("left", "right", "up", "down", "collect", "place_table"),
-    *("make_wood_pickaxe", "make_stone_pickaxe", "make_iron_pickaxe"),
-)
+ACTIONS = (*("left", "right", "up", "down", "collect", "place_table", "make_wood_pickaxe", "make_stone_pickaxe"),)
 MOVES = np.array([[-1, 0], [1, 0], [0, -1], [0, 1]])
-WOOD, ROCK, ORE, WOOD_PICKAXE, STONE_PICKAXE, IRON_PICKAXE = range(6)
+WOOD, ROCK, ORE, WOOD_PICKAXE, STONE_PICKAXE = range(5)
 """Entries of the inventory."""
 MOST = 5
 """Of each thing at most so many are carried."""
@@ -39,7 +36,7 @@ class World(NamedTuple):
     cells: Int[Array, "size size"]
     position: Int[Array, "2"]
     facing: Int[Array, "2"]
-    inventory: Int[Array, "6"]
+    inventory: Int[Array, "5"]
     key: Key[Array, ""]
     """Where the noise of the next observations comes from."""
 
@@ -53,10 +50,9 @@ class Minicraft(AchievementEnv):
 
     name = "minicraft"
     num_actions = len(ACTIONS)
-    observation_shape = (VIEW * VIEW * 6 + 2 + 6 + NOISE,)
+    observation_shape = (VIEW * VIEW * 6 + 2 + 5 + NOISE,)
     achievement_names = (
-        *("collect_wood", "place_table", "make_wood_pickaxe", "collect_stone", "make_stone_pickaxe"),
-        *("collect_iron", "make_iron_pickaxe"),
+        *("collect_wood", "place_table", "make_wood_pickaxe", "collect_stone", "make_stone_pickaxe", "collect_iron"),
     )
 
     def reset(self, key: Key[Array, ""]) -> State:
@@ -66,7 +62,7 @@ class Minicraft(AchievementEnv):
         where = jax.random.choice(world_key, SIZE * SIZE, (len(contents) + 1,), replace=False)
         cells = jnp.full(SIZE * SIZE, GRASS).at[where[1:]].set(contents).reshape(SIZE, SIZE)
         position = jnp.stack(jnp.divmod(where[0], SIZE))
-        world = World(cells, position, jnp.array([0, 1]), jnp.zeros(6, jnp.int32), key)
+        world = World(cells, position, jnp.array([0, 1]), jnp.zeros(5, jnp.int32), key)
         return self._state(world, jnp.zeros(len(self.achievement_names), bool), jnp.zeros(()))
 
     def step(self, state: State, action: Int[Array, ""]) -> State:
@@ -90,7 +86,7 @@ class Minicraft(AchievementEnv):
         return f"{stem}.gif"
 
 
-def act(world: World, action: Int[Array, ""]) -> tuple[World, Bool[Array, "7"]]:
+def act(world: World, action: Int[Array, ""]) -> tuple[World, Bool[Array, "6"]]:
     """The world after an action, and which achievements the action amounts to (again, maybe)."""
     cells, position, facing, bag, key = world
     moving = action < len(MOVES)
@@ -110,16 +106,14 @@ def act(world: World, action: Int[Array, ""]) -> tuple[World, Bool[Array, "7"]]:
         "collect_stone": wish["collect"] & (kind == STONE) & (bag[WOOD_PICKAXE] >= 1) & (bag[ROCK] < MOST),
         "make_stone_pickaxe": wish["make_stone_pickaxe"] & table & (bag[ROCK] >= 1),
         "collect_iron": wish["collect"] & (kind == IRON) & (bag[STONE_PICKAXE] >= 1) & (bag[ORE] < MOST),
-        "make_iron_pickaxe": wish["make_iron_pickaxe"] & table & (bag[ORE] >= 1),
     }
-    change = {  # wood, rock, ore, pickaxes of wood, stone, iron
-        "collect_wood": [1, 0, 0, 0, 0, 0],
-        "place_table": [-1, 0, 0, 0, 0, 0],
-        "make_wood_pickaxe": [-1, 0, 0, 1, 0, 0],
-        "collect_stone": [0, 1, 0, 0, 0, 0],
-        "make_stone_pickaxe": [0, -1, 0, 0, 1, 0],
-        "collect_iron": [0, 0, 1, 0, 0, 0],
-        "make_iron_pickaxe": [0, 0, -1, 0, 0, 1],
+    change = {  # wood, rock, ore, pickaxes of wood and of stone
+        "collect_wood": [1, 0, 0, 0, 0],
+        "place_table": [-1, 0, 0, 0, 0],
+        "make_wood_pickaxe": [-1, 0, 0, 1, 0],
+        "collect_stone": [0, 1, 0, 0, 0],
+        "make_stone_pickaxe": [0, -1, 0, 0, 1],
+        "collect_iron": [0, 0, 1, 0, 0],
     }
     achieved = jnp.stack([done[name] for name in Minicraft.achievement_names])
     bag = bag + achieved @ jnp.array([change[name] for name in Minicraft.achievement_names])
@@ -155,7 +149,7 @@ def film(cells: np.ndarray, position: np.ndarray, facing: np.ndarray, inventory:
         picture[x - 5 : x + 5, y - 5 : y + 5] = 0
         picture[x + dx - 2 : x + dx + 2, y + dy - 2 : y + dy + 2] = 255
         shelf = np.full((cell, SIZE * cell, 3), 40)
-        for i, (count, kind) in enumerate(zip(bag, (TREE, STONE, IRON) * 2)):
+        for i, (count, kind) in enumerate(zip(bag, (TREE, STONE, IRON, TREE, STONE))):
             width = 2 * count if i < 3 else 10 * min(count, 1)
             shelf[3:13, 4 + 18 * i : 4 + 18 * i + width] = COLOURS[kind]
         frames.append(np.pad(np.concatenate([picture.swapaxes(0, 1), shelf]), ((0, 0), (0, 6), (0, 0))))

@@ -176,27 +176,28 @@ def test_networks_hold_arrays_only():
 
 
 def numpy_norm(norm, x):
-    """Over all entries, scaled and shifted along the first axis."""
-    weight, bias = (np.asarray(p, np.float64).reshape(-1, *[1] * (x.ndim - 1)) for p in (norm.weight, norm.bias))
+    """Over all entries, scaled and shifted along the last axis."""
+    weight, bias = (np.asarray(p, np.float64) for p in (norm.weight, norm.bias))
     return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * weight + bias
 
 
 def numpy_conv(layer, x):
-    x = x if layer.group_norm is None else numpy_norm(layer.group_norm, x)
-    patches = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((0, 0), (1, 1), (1, 1))), (3, 3), axis=(1, 2))
-    y = np.einsum("chwij,ocij->ohw", patches, np.asarray(layer.weight, np.float64))
+    x = x if layer.image_norm is None else numpy_norm(layer.image_norm, x)
+    patches = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((1, 1), (1, 1), (0, 0))), (3, 3), axis=(0, 1))
+    y = np.einsum("hwcij,ijco->hwo", patches, np.asarray(layer.weight, np.float64))
     return np.maximum(y if layer.bias is None else y + np.asarray(layer.bias, np.float64), 0)
 
 
 def numpy_encoder(encoder, image):
     """The encoder as the paper's appendix describes it, in float64 and without any of its code."""
-    x = np.moveaxis(np.asarray(image, np.float64), 2, 0)
+    x = np.asarray(image, np.float64)
     for i, stack in enumerate(encoder.stacks):
-        assert (stack.first.group_norm is None) == (i == 0) and (stack.first.bias is None) == (i > 0)
-        x = np.pad(numpy_conv(stack.first, x), ((0, 0), (1, 1), (1, 1)), constant_values=-np.inf)
-        x = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2].max((3, 4))
-        x = numpy_norm(stack.group_norm, x)
+        assert (stack.first.image_norm is None) == (i == 0) and (stack.first.bias is None) == (i > 0)
+        x = np.pad(numpy_conv(stack.first, x), ((1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+        x = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(0, 1))[::2, ::2].max((3, 4))
+        x = numpy_norm(stack.image_norm, x)
         for first, second in stack.blocks:
+            assert first.bias is None and second.bias is None
             x = x + numpy_conv(second, numpy_conv(first, x))
     x = x.ravel()
     for layer in (encoder.dense, encoder.latent):
@@ -208,12 +209,15 @@ def random_encoder(shape, dtype="float32"):
     """A small encoder with other weights than at first, biases and norms included."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: ImpalaCNN(shape, (2, 3, 4), 16, 20, jax.random.key(0), dtype))
-    draw = lambda x: rng.normal(x.ndim == 1, 0.3 if x.ndim == 1 else np.sqrt(x.shape[0] / x.size), x.shape)
-    return jax.tree.map(lambda x: jnp.array(draw(x), jnp.float32), shapes)
+    spread = {1: 0.3, 2: 0.2, 4: 0.25}  # norms and biases, dense layers, convolutions
+    draw = lambda x: jnp.array(rng.normal(x.ndim == 1, spread[x.ndim], x.shape), jnp.float32)
+    return jax.tree.map(draw, shapes)
 
 
-@pytest.mark.parametrize("shape", [(8, 12, 3), (7, 10, 3), (13, 9, 1)])
-def test_encoder_equals_numpy(shape):
+@pytest.mark.parametrize(("shape", "backend"), [((8, 12, 3), "cpu"), ((7, 10, 3), "cpu"), ((13, 9, 1), "gpu")])
+def test_encoder_equals_numpy(shape, backend, monkeypatch):
+    """Even and odd sizes; with the convolutions as they are on a CPU, and as they are elsewhere."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     image = np.random.default_rng(2).random((3, *shape)).astype(np.float32)
     encoder = random_encoder(shape)
     output = jax.jit(jax.vmap(encoder))(jnp.array(image))

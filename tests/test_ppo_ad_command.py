@@ -60,7 +60,7 @@ def test_metrics_are_those_of_two_different_seeds_and_the_score_is_that_of_the_r
     assert rows[0]["train/loss"] != rows[1]["train/loss"]
     last = rows[-2]
     rates = np.array([float(value) for name, value in last.items() if name.startswith("eval/success/")])
-    assert len(rates) == 7 and np.isin(rates, np.arange(5) / 4).all()
+    assert len(rates) == 6 and np.isin(rates, np.arange(5) / 4).all()
     assert float(last["eval/score"]) == pytest.approx(np.exp(np.log1p(100 * rates).mean()) - 1, rel=1e-5)
     assert float(last["eval/episode_length"]) == 20
     assert 0 <= float(last["eval/probe_accuracy"]) <= 1 and 0 < float(last["eval/probe_confidence"]) <= 1

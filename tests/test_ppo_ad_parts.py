@@ -68,7 +68,8 @@ def test_initial_filters_have_the_papers_norms(paper_agent):
     layers += [(mlp.out, 1.0) for mlp in (agent.film, agent.predictor)]
     assert len(layers) == 3 + 12 + 2 + 4
     for layer, norm in layers:
-        weight = np.asarray(layer.weight).reshape(len(layer.weight), -1)
+        weight = np.asarray(layer.weight)
+        weight = np.moveaxis(weight, -1, 0).reshape(weight.shape[-1], -1) if weight.ndim == 4 else weight
         np.testing.assert_allclose(np.linalg.norm(weight, axis=1), norm, rtol=1e-4)
         assert np.ptp(weight, axis=0).min() > 0, "filters are alike"
     for head, gain in ((agent.policy, 0.01), (agent.value, 0.1)):
@@ -78,8 +79,8 @@ def test_initial_filters_have_the_papers_norms(paper_agent):
     biases = [agent.policy.bias, agent.value.bias, agent.film.out.bias, agent.predictor.out.bias]
     assert not any(np.asarray(bias).any() for bias in [*biases, encoder.stacks[0].first.bias])
     norms = [layer.layer_norm for layer in (encoder.dense, encoder.latent, agent.film.hidden, agent.predictor.hidden)]
-    norms += [stack.group_norm for stack in encoder.stacks]
-    norms += [layer.group_norm for layer, _ in layers[1:15]]
+    norms += [stack.image_norm for stack in encoder.stacks]
+    norms += [layer.image_norm for layer, _ in layers[1:15]]
     assert all((np.asarray(norm.weight) == 1).all() and not np.asarray(norm.bias).any() for norm in norms)
 
 
