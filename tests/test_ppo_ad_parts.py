@@ -157,11 +157,11 @@ SCRIPTS = (
 """Of the first episodes."""
 
 
-def make_state(config, vector, seed):
+def make_state(config, seed, acting=None):
     """A state before the first step, with random weights."""
-    agent = random_agent(config, seed, vector.env)
-    optimizers = [warm(ppo_ad.adam(config).init(agent), seed + i) for i in range(3)]
-    acting = jit(partial(ppo_ad.start_acting, config, vector))(jax.random.key(seed))
+    agent = random_agent(config, seed, Scripted())
+    cold = jax.eval_shape(ppo_ad.adam(config).init, agent)
+    optimizers = [warm(cold, seed + i) for i in range(3)]
     scores = ppo_ad.Scores(jnp.array(0), jnp.zeros(ACHIEVEMENTS, jnp.int32))
     shape = config.num_envs, config.auxiliary_every * config.unroll_length
     window = ppo_ad.Window(
@@ -193,7 +193,8 @@ def decided(agent):
 @pytest.fixture(scope="module")
 def start():
     """The state before the first step."""
-    state = make_state(ACTING, VECTOR, 0)
+    acting = jit(partial(ppo_ad.start_acting, ACTING, VECTOR))(jax.random.key(0))
+    state = make_state(ACTING, 0, acting)
     state = state._replace(agent=decided(state.agent))
     envs = state.acting.envs
     unlock, end = (jnp.array(x) for x in zip(*SCRIPTS))
@@ -615,7 +616,7 @@ def phase_state(config, cuts=CUTS, unlocks=UNLOCKS, seed=0):
     returns, action = rng.normal(1, 1, WINDOW), rng.integers(0, 3, WINDOW)
     arrays = [jnp.array(x, jnp.float32) for x in (observation, memory, returns)]
     window = ppo_ad.Window(arrays[0], jnp.array(action, jnp.int32), *arrays[1:], jnp.array(first), jnp.array(unlocked))
-    return make_state(config, Scripted().vectorise(2, config.episode_length), seed)._replace(window=window)
+    return make_state(config, seed)._replace(window=window)
 
 
 shuffle = jit(ppo_ad.shuffle, static_argnums=2)
@@ -852,7 +853,8 @@ def test_episodes_without_any_match_change_nothing(distil):
 
 def same(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-        assert (x == y).all()
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        np.testing.assert_array_equal(*(jax.random.key_data(z) if is_key else np.asarray(z) for z in (x, y)))
 
 
 def test_one_episode_has_nothing_to_match_with(distil):
@@ -877,12 +879,11 @@ def test_a_window_without_episodes_changes_nothing(distil, cuts, unlocks):
 PROBING = dataclasses.replace(ACTING, probe=True, num_eval_envs=6)
 
 
-def follow(config, vector, agent, start, keys):
+def follow(step, acting, keys):
     """Steps of all environments, in NumPy."""
-    unused, acting, seen = ppo_ad.Normaliser(*jnp.zeros(3)), start, []
-    step = jit(partial(ppo_ad.step, config, vector))
+    seen = []
     for key in keys:
-        acting, row = step(agent, unused, acting, key)
+        acting, row = step(acting, key)
         seen.append(row)
     return jax.tree.map(lambda *x: np.array(x), *seen)
 
@@ -930,9 +931,10 @@ def test_evaluation_and_probe_equal_loops(monkeypatch):
     info = jit(partial(ppo_ad.evaluate, PROBING, vector))(agent, jax.random.key(0))
 
     begin = jit(partial(ppo_ad.start_acting, PROBING, vector))
+    step = jit(partial(ppo_ad.step, PROBING, vector, agent, ppo_ad.Normaliser(*jnp.zeros(3))))
     start_key, step_key, probe_key = jax.random.split(jax.random.key(0), 3)
     keys = [jax.random.fold_in(step_key, t) for t in range(LIMIT)]
-    steps = follow(PROBING, vector, agent, begin(start_key), keys)
+    steps = follow(step, begin(start_key), keys)
     ends = steps.done.argmax(axis=0), np.arange(6)
     success = steps.achievements[ends].mean(axis=0)
     np.testing.assert_allclose(info["eval/return"], steps.episode_return[ends].mean(), rtol=1e-5)
@@ -943,7 +945,7 @@ def test_evaluation_and_probe_equal_loops(monkeypatch):
     assert len(set(ends[0])) > 2 and (steps.achievements[ends] != steps.achievements[ends[0] - 1, ends[1]]).any()
 
     start_key, probe_key = jax.random.split(probe_key)
-    steps = follow(PROBING, vector, agent, begin(start_key), jax.random.split(probe_key, 40))
+    steps = follow(step, begin(start_key), jax.random.split(probe_key, 40))
     accuracy, confidence, labelled = slow_probe(exact(agent), steps, 30)
     np.testing.assert_allclose(info["eval/probe_accuracy"], accuracy, rtol=1e-5)
     np.testing.assert_allclose(info["eval/probe_confidence"], confidence, rtol=1e-3)
