@@ -7,8 +7,8 @@ BIN = .venv/bin
 demo: .venv/run.stamp  ## train the default agent: a point robot finds its way out of a U
 	$(BIN)/python algorithms/crl.py
 
-test: .venv/dev.stamp  ## run all tests
-	$(BIN)/python -m pytest
+test: .venv/dev.stamp  ## run all tests, two files at a time
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

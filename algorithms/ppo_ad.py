@@ -41,7 +41,7 @@ from shared.networks import Dense, ImpalaCNN, NormedDense, count_parameters, uni
 
 RECIPES = {
     "minicraft": dict(
-        total_env_steps=300_000,
+        total_env_steps=240_000,
         num_envs=16,
         episode_length=100,
         unroll_length=128,
@@ -123,8 +123,8 @@ class Config:
     code. Their matches agree in 95 to 100 of 100 instances."""
     transport_epsilon: float = 0.05
     """Weight of the entropy in the transport problem, in units of the cost (1 - cosine)."""
-    transport_iterations: int = 100
-    """Iterations of the solver."""
+    transport_iterations: int | None = None
+    """Iterations of the solver; by default 200 of sinkhorn, and 100 of dykstra, as published."""
     match_threshold: float = 0.5
     """Two achievements match if the transport plan moves more than this from one to the other; in [0.5, 1)."""
     policy_regulariser: float = 1.0
@@ -171,7 +171,7 @@ def check(config: Config) -> None:
             raise run.UserError(message)
 
     counts = "num_seeds total_env_steps num_envs episode_length unroll_length update_epochs num_minibatches"
-    counts += " auxiliary_every auxiliary_epochs auxiliary_batch_size num_targets transport_iterations channels"
+    counts += " auxiliary_every auxiliary_epochs auxiliary_batch_size num_targets channels"
     for name in (*counts.split(), "dense_size", "latent_size", "num_eval_envs", "eval_every", "checkpoint_every"):
         need(getattr(config, name) >= 1, f"{name} is {getattr(config, name)}; it is at least 1")
     for name in ("learning_rate", "max_gradient_norm", "temperature", "transport_epsilon", "clip"):
@@ -183,6 +183,11 @@ def check(config: Config) -> None:
     need(
         0.5 <= config.match_threshold < 1,
         f"match_threshold is {config.match_threshold}; it lies in [0.5, 1), so that matches are one to one",
+    )
+    need(transport_iterations(config) >= 1, f"transport_iterations is {config.transport_iterations}; it is at least 1")
+    need(
+        config.num_eval_envs >= 2 or not config.probe,
+        "num_eval_envs is 1; the probe is fitted to half of the environments and tested on the others, so it needs 2",
     )
     steps = rollout_steps(config)
     divisors = [n for n in range(1, steps + 1) if steps % n == 0]
@@ -201,6 +206,11 @@ def check(config: Config) -> None:
 def rollout_steps(config: Config) -> int:
     """Environment steps of one seed in one rollout."""
     return config.num_envs * config.unroll_length
+
+
+def transport_iterations(config: Config) -> int:
+    default = {"sinkhorn": 200, "dykstra": 100}
+    return default[config.transport] if config.transport_iterations is None else config.transport_iterations
 
 
 # ---- networks -----------------------------------------------------------------------------------------------------
@@ -537,7 +547,7 @@ def sinkhorn_plan(cost, rows, columns, config: Config):
         return f, g
 
     start = jnp.where(row, 0.0, -jnp.inf), jnp.where(column, 0.0, -jnp.inf)
-    f, g = jax.lax.fori_loop(0, config.transport_iterations, iterate, start)
+    f, g = jax.lax.fori_loop(0, transport_iterations(config), iterate, start)
     plan = jnp.exp((f[:, None] + g - geometry.cost_matrix) / config.transport_epsilon)
     return jnp.where(swap, plan.T, plan)
 
@@ -561,7 +571,7 @@ def dykstra_plan(cost, rows, columns, config: Config):
         return plan, tuple(updated)
 
     plan = to_mass(jnp.where(valid, jnp.exp(-cost / config.transport_epsilon), 0))
-    return jax.lax.fori_loop(0, config.transport_iterations, iterate, (plan, (jnp.ones_like(plan),) * 3))[0]
+    return jax.lax.fori_loop(0, transport_iterations(config), iterate, (plan, (jnp.ones_like(plan),) * 3))[0]
 
 
 # ---- state --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Networks of the three algorithms. Each takes one example; batch it with `jax.vmap` at the call."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import equinox as eqx
@@ -168,7 +169,8 @@ def convolve(
         return jax.lax.conv_general_dilated(x[None], weight, (1, 1), "SAME", dimension_numbers=layout)[0]
     height, width, _ = x.shape
     x = jnp.pad(x, ((1, 1), (1, 1), (0, 0)))
-    return sum(x[i : i + height, j : j + width] @ weight[i, j] for i in range(3) for j in range(3))
+    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    return sum(product(x[i : i + height, j : j + width], weight[i, j]) for i in range(3) for j in range(3))
 
 
 def max_pool(x: Float[Array, "height width channels"]) -> Float[Array, "half_height half_width channels"]:

@@ -134,8 +134,8 @@ def test_craftax_pixels_with_a_small_encoder_trains_draws_and_resumes(tmp_path, 
 
 
 SMALL_ENCODER = [
-    *("--channels=4", "--dense_size=16", "--latent_size=32", "--unroll_length=50", "--num_minibatches=2"),
-    *("--update_epochs=1", "--auxiliary_every=4", "--auxiliary_epochs=1", "--num_targets=4", "--episode_length=60"),
+    *("--channels=2", "--dense_size=16", "--latent_size=16", "--unroll_length=50", "--num_minibatches=2"),
+    *("--update_epochs=1", "--auxiliary_every=4", "--auxiliary_epochs=1", "--num_targets=2", "--episode_length=40"),
     *("--num_eval_envs=4", "--eval_every=1000", "--checkpoint_every=400"),
 ]
 

@@ -757,7 +757,7 @@ class SlowPhase:
     def plan(self, cost):
         """POT's; converged where the algorithm's converges."""
         (m, n), converging = cost.shape, self.config.transport == "sinkhorn"
-        arguments = dict(m=min(m, n), numItermax=1000 if converging else self.config.transport_iterations)
+        arguments = dict(m=min(m, n), numItermax=1000 if converging else ppo_ad.transport_iterations(self.config))
         return ot.partial.entropic_partial_wasserstein(np.ones(m), np.ones(n), cost, 0.05, **arguments)
 
 

@@ -72,6 +72,8 @@ BAD_INPUT = {
         (["--gae_lambda=2"], r"gae_lambda is 2.0; it lies in \[0, 1\]"),
         (["--match_threshold=0.4"], r"match_threshold is 0.4; it lies in \[0.5, 1\), so that matches are one to one"),
         (["--auxiliary_every=1", "--unroll_length=2"], r"auxiliary_every x unroll_length is below 3 steps"),
+        (["--transport_iterations=0"], r"transport_iterations is 0; it is at least 1"),
+        (["--probe", "--num_eval_envs=1"], r"num_eval_envs is 1; the probe is fitted to half"),
         (["--transport=exact"], r"sinkhorn\|dykstra"),
         (["--resume=/tmp"], r"/tmp is not a run folder"),
     ],
