@@ -1,5 +1,6 @@
 """What ppo_ad.py learns, against known answers: small probes, and minicraft with and without distillation."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -95,21 +96,21 @@ def test_the_memory_tells_what_was_unlocked_before(memory, lowest, highest):
 # ---- minicraft ----------------------------------------------------------------------------------------------------
 
 
-RECIPE = ppo_ad.RECIPES["minicraft"]
+CONFIG = ppo_ad.Config(num_seeds=3, **ppo_ad.RECIPES["minicraft"])
+ROLLOUTS = -(-CONFIG.total_env_steps // ppo_ad.rollout_steps(CONFIG))
 
 
 @pytest.fixture(scope="module")
 def distilled():
-    config = ppo_ad.Config(num_seeds=3, **{**RECIPE, "total_env_steps": 250_000})
-    return config, trained(config, minicraft.Minicraft(), 120)
+    return trained(CONFIG, minicraft.Minicraft(), ROLLOUTS)
 
 
-def success(config, state):
-    """Rates of each achievement, (seeds, achievements), in 256 fresh episodes each."""
+def rate_of_the_deepest(config, agent):
+    """Of 256 fresh episodes of each seed, the share that unlocks the last achievement of the chain; mean over seeds."""
     vector = minicraft.Minicraft().vectorise(256, config.episode_length)
     keys = jax.random.split(jax.random.key(9), config.num_seeds)
-    scores = jax.jit(jax.vmap(partial(ppo_ad.evaluate, config, vector)))(state.agent, keys)
-    return np.stack([scores[f"eval/success/{name}"] for name in vector.env.achievement_names], axis=1)
+    scores = jax.jit(jax.vmap(partial(ppo_ad.evaluate, config, vector)))(agent, keys)
+    return float(scores["eval/success/collect_iron"].mean())
 
 
 def fresh_steps(config, agent):
@@ -125,42 +126,56 @@ def fresh_steps(config, agent):
     return steps, np.where(new.any(-1), new.argmax(-1), -1)[:-1]  # the last step ends the episode
 
 
-@pytest.mark.slow
-def test_distillation_unlocks_more_of_the_chain(distilled):
-    """Margins between what was measured for the whole method and what is left of it when a loss is broken (page)."""
-    config, state = distilled
-    plain_config = ppo_ad.Config(num_seeds=3, distill=False, **{**RECIPE, "total_env_steps": 250_000})
-    plain = trained(plain_config, minicraft.Minicraft(), 120)
-    ours, theirs = success(config, state), success(plain_config, plain)
-    print(ours.round(2), theirs.round(2))
+def labels(config, agent):
+    """How well one agent tells achievements apart on fresh episodes, by labels that training never sees.
 
-
-@pytest.mark.slow
-def test_predictions_and_achievements_are_told_apart_on_fresh_episodes(distilled):
-    """Labels, which training never sees: nu of an achievement is nearest to the mean nu of the same one in other
-    episodes, and psi of a step to the mean nu of the achievement that comes next."""
-    config, state = distilled
-    agent = jax.tree.map(lambda x: x[0], state.agent)
+    Half of the episodes give the mean nu of each achievement. In the other half: by how much, on average, the cosine of
+    an achievement's nu with its own mean exceeds the largest with another's; how often psi of a step is nearest to the
+    mean of the achievement that comes next; how often the commonest guess would be right about that.
+    """
     steps, unlocked = fresh_steps(config, agent)
-    latent = np.asarray(jax.vmap(partial(ppo_ad.encode, agent))(steps.observation))
-    kinds = [k for k in range(6) if (unlocked[:, :32] == k).sum() >= 8]
+    latent = np.asarray(jax.jit(jax.vmap(partial(ppo_ad.encode, agent)))(steps.observation))
+    kinds = [k for k in range(6) if (unlocked[:, :32] == k).sum() >= 5]
     nu = latent[1:] - latent[:-1]
     nu = nu / np.linalg.norm(nu, axis=-1, keepdims=True)
     means = np.stack([nu[:, :32][unlocked[:, :32] == k].mean(axis=0) for k in kinds])
     means /= np.linalg.norm(means, axis=-1, keepdims=True)
+    name = lambda vectors: np.array(kinds)[(vectors @ means.T).argmax(-1)]
 
     held_out = np.isin(unlocked[:, 32:], kinds)
-    named = np.array(kinds)[(nu[:, 32:][held_out] @ means.T).argmax(-1)]
-    identified = (named == unlocked[:, 32:][held_out]).mean()
-
+    cosine = nu[:, 32:][held_out] @ means.T
+    own = unlocked[:, 32:][held_out][:, None] == np.array(kinds)
+    apart = (cosine[own] - np.where(own, -1, cosine).max(axis=1)).mean()
     following, label = np.full(unlocked.shape, -1), np.full(64, -1)
     for t in reversed(range(len(unlocked))):
         label = np.where(unlocked[t] >= 0, unlocked[t], label)
         following[t] = label
-    psi = jax.vmap(partial(ppo_ad.predict, agent))(jnp.array(latent), steps.action, steps.memory)[:-1]
+    psi = jax.jit(jax.vmap(partial(ppo_ad.predict, agent)))(jnp.array(latent), steps.action, steps.memory)[:-1]
     known = np.isin(following[:, 32:], kinds)
-    guessed = np.array(kinds)[(np.asarray(psi)[:, 32:][known] @ means.T).argmax(-1)]
     truth = following[:, 32:][known]
-    predicted = (guessed == truth).mean()
-    most_common = np.bincount(truth).max() / len(truth)
-    print("identified", identified, "predicted", predicted, "most common", most_common, kinds)
+    predicted = (name(np.asarray(psi)[:, 32:][known]) == truth).mean()
+    return apart, predicted, np.bincount(truth).max() / len(truth)
+
+
+# Margins lie between what was measured with the whole method and what is left with a broken loss (five seeds, 300,000
+# steps): iron in 0.31 of the episodes, with neither loss 0.19, plain PPO 0.19 (at 240,000 steps 0.24, 0.11, 0.08).
+
+
+@pytest.mark.slow
+def test_distillation_unlocks_the_deepest_achievement_more_often(distilled):
+    plain = dataclasses.replace(CONFIG, distill=False)
+    ours = rate_of_the_deepest(CONFIG, distilled.agent)
+    theirs = rate_of_the_deepest(plain, trained(plain, minicraft.Minicraft(), ROLLOUTS).agent)
+    print(f"deepest achievement: {ours:.3f}, plain PPO {theirs:.3f}")
+    assert ours > theirs + 0.1 and ours > 1.5 * theirs
+
+
+@pytest.mark.slow
+def test_both_losses_taught_the_encoder_what_they_are_for(distilled):
+    """With matching taken out, achievements are apart by 0.52 instead of 0.66; without prediction, 0.2 of the steps know
+    what comes next instead of 0.999."""
+    each = [labels(CONFIG, jax.tree.map(lambda x: x[i], distilled.agent)) for i in range(CONFIG.num_seeds)]
+    apart, predicted, commonest = np.mean(each, axis=0)
+    print(f"apart by {apart:.3f}, next achievement known {predicted:.3f}, commonest {commonest:.3f}")
+    assert apart > 0.6
+    assert predicted > 0.95 > 1.5 * commonest
