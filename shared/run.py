@@ -31,7 +31,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-PACKAGES = ("jax", "jaxlib", "equinox", "optax", "brax", "mujoco", "mujoco-mjx", "numpy")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "equinox",
+    "optax",
+    "ott-jax",
+    "brax",
+    "mujoco",
+    "mujoco-mjx",
+    "craftax",
+    "crafter",
+    "numpy",
+)
 CHECKPOINTS_KEPT = 2
 TIMING_COLUMNS = ("seconds", "compile_seconds", "env_steps_per_second")
 """The columns of metrics.csv that differ between two runs of one command on one machine."""
