@@ -69,7 +69,8 @@ class Config:
     seed: int = 0
     """First seed."""
     num_seeds: int = 1
-    """Number of seeds (seed, seed + 1, ...), trained side by side in one program; 1 for crafter."""
+    """Number of seeds (seed, seed + 1, ...), trained side by side in one program; 1 for crafter. For small networks:
+    with images, seeds one after another are faster."""
     total_env_steps: int = 1_000_000
     """Environment steps of a seed; rounded up to whole rollouts. Episodes that end later do not count in the scores."""
     num_envs: int = 8
@@ -150,7 +151,7 @@ class Config:
     probe: bool = False
     """At each evaluation, also fit a linear classifier of the next achievement to the frozen encoder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Operands of the encoder's products and convolutions; everything else is float32."""
+    """Operands of the encoder's products and convolutions; on a GPU the convolutions' results are rounded to it too."""
     matmul_precision: Literal["default", "float32", "tensorfloat32", "bfloat16"] = "default"
     """JAX's precision of float32 matrix products; default is float32 on a CPU, and may be less on a GPU."""
     run_dir: str = ""
@@ -280,12 +281,13 @@ def make_agent(config: Config, env: AchievementEnv, key: Key[Array, ""]) -> Agen
         weight = jax.nn.initializers.orthogonal(gain)(key, layer.weight.shape)
         return eqx.tree_at(lambda layer: layer.weight, layer, weight)
 
+    predicts = config.distill and config.prediction
     return Agent(
         encoder=encoder,
         policy=head(env.num_actions, 0.01, policy_key),
         value=head(1, 0.1, value_key),
-        film=MLP(env.num_actions, latent, 2 * latent, film_key) if config.distill else None,
-        predictor=MLP(features, latent, latent, predictor_key) if config.distill else None,
+        film=MLP(env.num_actions, latent, 2 * latent, film_key) if predicts else None,
+        predictor=MLP(features, latent, latent, predictor_key) if predicts else None,
     )
 
 
@@ -861,7 +863,7 @@ def score_episodes(config: Config, state: TrainState, steps: Step) -> tuple[Scor
     ended = steps.done & (time * config.num_envs <= config.total_env_steps)[:, None]
     successes = jnp.sum(steps.achievements & ended[..., None], axis=(0, 1), dtype=jnp.int32)
     scores = Scores(state.scores.episodes + ended.sum(dtype=jnp.int32), state.scores.successes + successes)
-    mean = lambda x: jnp.sum(jnp.where(ended, x, 0)) / ended.sum()  # NaN, so left blank, if none ended
+    mean = lambda x: jnp.sum(jnp.where(ended, x, 0)) / ended.sum()  # NaN if none ended
     return scores, {
         "train/return": mean(steps.episode_return),
         "train/episode_length": mean(steps.episode_steps),
@@ -971,7 +973,7 @@ def distil(config: Config, state: TrainState) -> tuple[TrainState, dict]:
     for name, total in sums.items():
         total = jax.tree.map(lambda x: x.sum(axis=0), total)
         steps = total.pop("steps")
-        # without any step these are NaN, and left blank
+        # without any step these are NaN
         info |= {f"auxiliary/{name}_{metric}": value / steps for metric, value in total.items()}
         info[f"auxiliary/{name}_steps"] = steps
     return state._replace(**learner._asdict(), key=key), info
@@ -1250,7 +1252,7 @@ def record_episodes(config: Config, vector: VectorEnv, agent: Agent, key: Key[Ar
 
 
 def draw_film(config: Config, vector: VectorEnv, agent: Agent, stem: str) -> str:
-    """A film of a few episodes with the final policy; each ends on its last frame."""
+    """A film of a few episodes with the final policy; each stands still at the state before its last step."""
     key = evaluation_key(jnp.array(config.seed))
     states, done = jax.jit(partial(record_episodes, config, vector))(agent, key)
     done = np.asarray(done)
@@ -1373,15 +1375,19 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
         distilling = log.compile("distil", jax.jit(distilling, donate_argnums=0), shapes)
 
     state, steps = log.restore(shapes) if log.resumed else (None, None)
+    if state is not None and not vector.env.in_jax:
+        log.progress.show("replaying the episodes that were going on")
+        try:
+            vector.restore(jax.tree.map(lambda x: x[0], state.acting.envs))
+        except RuntimeError:
+            vector.close()
+            raise run.UserError(str(vector.failure)) from None
     try:
         if state is None:
             log.progress.show("initialising")
             state = begin(seeds)
             steps = count(config, state)
             log.save(state, steps)
-        elif not vector.env.in_jax:
-            log.progress.show("replaying the episodes that were going on")
-            vector.restore(jax.tree.map(lambda x: x[0], state.acting.envs))
         score = ""
         log.start_clock(steps["env_steps"])
         while steps["env_steps"] < config.total_env_steps and not log.stopping:

@@ -84,7 +84,7 @@ def read(name: str) -> dict[str, np.ndarray]:
     """The columns of results/NAME.csv as numbers."""
     with (HERE / f"{name}.csv").open() as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    return {column: np.array([float(row[column]) for row in rows]) for column in rows[0]}
+    return {column: np.array([float(row[column] or "nan") for row in rows]) for column in rows[0]}
 
 
 def draw(name: str) -> None:

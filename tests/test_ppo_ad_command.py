@@ -19,6 +19,11 @@ TINY = [
     *("--auxiliary_every=2", "--auxiliary_epochs=1", "--num_targets=3", "--dense_size=16", "--latent_size=16"),
     *("--num_eval_envs=4", "--eval_every=480", "--checkpoint_every=240"),
 ]
+SMALL_ENCODER = [
+    *("--channels=2", "--dense_size=16", "--latent_size=16", "--unroll_length=50", "--num_minibatches=2"),
+    *("--update_epochs=1", "--auxiliary_every=4", "--auxiliary_epochs=1", "--num_targets=2", "--episode_length=40"),
+    *("--num_eval_envs=4", "--eval_every=1000", "--checkpoint_every=400"),
+]
 FIGURES = {"curve.png", "achievements.png", "rollout.gif"}
 
 
@@ -98,24 +103,36 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(t
 
 
 def ablation(flag, tmp_path, cache):
-    """What a run prints first with one more flag, and its metrics."""
+    """What a run with one more flag says it is and how many parameters it has, and its last metrics."""
     done = SCRIPT.run(*TINY, flag, "--total_env_steps=480", f"--run_dir={tmp_path / 'run'}", cwd=tmp_path, env=cache)
-    what = next(line for line in done.stdout.splitlines() if "PPO" in line)
-    return what, metrics(tmp_path / "run")[-1]
+    what, parameters, *_ = [line for line in done.stdout.splitlines() if re.search("PPO|parameters", line)]
+    return what, int(parameters.split()[0].replace(",", "")), metrics(tmp_path / "run")[-1]
+
+
+# the encoder: 189 x 16 + 16; LayerNorm and product, twice. The heads of 8 actions and a value. FiLM: LayerNorm, 8 x 16,
+# 16 x 32 + 32. The predictor: LayerNorm, 32 x 16, 16 x 16 + 16. The memory is 16 more inputs of heads and predictor.
+PPO = 189 * 16 + 16 + 2 * (32 + 256) + 17 * 9
+ALL = PPO + 16 * 9 + (16 + 128 + 17 * 32) + (64 + 512 + 17 * 16)
 
 
 @pytest.mark.parametrize(
-    ("flag", "what", "present", "absent"),
+    ("flag", "what", "parameters", "present", "absent"),
     [
-        ("--distill=false", "plain PPO", "train/loss", "auxiliary/"),
-        ("--matching=false", "PPO with prediction, memory", "auxiliary/prediction_loss", "auxiliary/matching"),
-        ("--prediction=false", "PPO with matching, memory", "auxiliary/matching_loss", "auxiliary/prediction"),
-        ("--memory=false", "PPO with prediction, matching", "auxiliary/matching_loss", "nothing"),
+        ("--distill=false", "plain PPO", PPO, "train/loss", "auxiliary/"),
+        ("--matching=false", "PPO with prediction, memory", ALL, "auxiliary/prediction_loss", "auxiliary/matching"),
+        (
+            "--prediction=false",
+            "PPO with matching, memory",
+            PPO + 144,
+            "auxiliary/matching_loss",
+            "auxiliary/prediction",
+        ),
+        ("--memory=false", "PPO with prediction, matching", ALL - 432, "auxiliary/matching_loss", "nothing"),
     ],
 )
-def test_each_switch_takes_its_part_out(flag, what, present, absent, tmp_path, cache):
-    printed, row = ablation(flag, tmp_path, cache)
-    assert printed == what
+def test_each_switch_takes_its_part_out(flag, what, parameters, present, absent, tmp_path, cache):
+    *printed, row = ablation(flag, tmp_path, cache)
+    assert printed == [what, parameters]
     assert present in row and not any(name.startswith(absent) for name in row)
 
 
@@ -131,13 +148,6 @@ def test_craftax_pixels_with_a_small_encoder_trains_draws_and_resumes(tmp_path, 
     assert 0 <= float(rows[-1]["eval/score"]) < 100 and "eval/success/collect_wood" in rows[-1]
     assert any(float(row["auxiliary/prediction_steps"] or 0) > 0 for row in rows)
     assert {path.name for path in folder.iterdir()} >= FIGURES
-
-
-SMALL_ENCODER = [
-    *("--channels=2", "--dense_size=16", "--latent_size=16", "--unroll_length=50", "--num_minibatches=2"),
-    *("--update_epochs=1", "--auxiliary_every=4", "--auxiliary_epochs=1", "--num_targets=2", "--episode_length=40"),
-    *("--num_eval_envs=4", "--eval_every=1000", "--checkpoint_every=400"),
-]
 
 
 @pytest.mark.slow
