@@ -158,8 +158,10 @@ def test_crafter_with_eight_workers_resumes_and_says_which_worker_died(tmp_path,
     assert {path.name for path in whole.iterdir()} >= FIGURES
 
     def kill_a_worker(process):
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[3]), signal.SIGKILL)
+        threads = Path(f"/proc/{process.pid}/task").glob("*/children")  # any of them may have started the workers
+        workers = [int(pid) for thread in threads for pid in thread.read_text().split()]
+        assert len(workers) == 8
+        os.kill(workers[3], signal.SIGKILL)
 
     _, err, code = SCRIPT.interfered(kill_a_worker, folder, [*flags, f"--run_dir={folder}"], tmp_path, 2, cache)
     assert code == 2
