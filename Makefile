@@ -8,7 +8,7 @@ demo: .venv/run.stamp  ## train the default agent: a point robot finds its way o
 	$(BIN)/python algorithms/crl.py
 
 test: .venv/dev.stamp  ## run all tests, two files at a time
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
