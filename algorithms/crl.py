@@ -32,7 +32,7 @@ import envs
 from envs import Env, State, VectorEnv, VectorState, mazes
 from shared import replay as buffer
 from shared import run
-from shared.networks import NetworkOptions, ResidualMLP, SquashedGaussian, count_parameters
+from shared.networks import NetworkOptions, ResidualMLP, SquashedGaussian, all_finite, count_parameters
 
 # ---- config -------------------------------------------------------------------------------------------------------
 
@@ -693,11 +693,6 @@ def check_finite(config: Config, before: int, metrics: dict[str, np.ndarray], st
         raise run.UserError(
             f"{what}; training stopped, the last good checkpoint is kept. Try lower learning rates anew"
         )
-
-
-@jax.jit
-def all_finite(tree) -> Bool[Array, ""]:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 @run.command

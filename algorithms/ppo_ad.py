@@ -35,7 +35,7 @@ from ott.geometry.geometry import Geometry
 import envs
 from envs import AchievementEnv, VectorEnv, VectorState
 from shared import run
-from shared.networks import Dense, ImpalaCNN, NormedDense, count_parameters, unit_weights
+from shared.networks import Dense, ImpalaCNN, NormedDense, all_finite, count_parameters, unit_weights
 
 # ---- config -------------------------------------------------------------------------------------------------------
 
@@ -1317,11 +1317,6 @@ def count(config: Config, state: TrainState) -> dict[str, int]:
         "env_steps": rollouts * rollout_steps(config),
         "ppo_steps": rollouts * config.update_epochs * config.num_minibatches,
     }
-
-
-@jax.jit
-def all_finite(tree) -> Bool[Array, ""]:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 @run.command

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -289,3 +289,9 @@ class SquashedGaussian(NamedTuple):
 def count_parameters(tree) -> int:
     """Number of scalars in a PyTree of arrays (or of their shapes)."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@jax.jit
+def all_finite(tree) -> Bool[Array, ""]:
+    """Whether no number in a PyTree of arrays is NaN or infinite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
