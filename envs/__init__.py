@@ -6,9 +6,20 @@ import inspect
 from typing import Any
 
 from envs import mazes
-from envs.base import AchievementEnv, Env, State, Transition, VectorEnv, VectorState
+from envs.base import AchievementEnv, Env, State, TaskFamily, Transition, VectorEnv, VectorState
 
-__all__ = ["AchievementEnv", "Env", "State", "Transition", "VectorEnv", "VectorState", "far", "make", "names"]
+__all__ = [
+    "AchievementEnv",
+    "Env",
+    "State",
+    "TaskFamily",
+    "Transition",
+    "VectorEnv",
+    "VectorState",
+    "far",
+    "make",
+    "names",
+]
 
 # Physics backends take seconds to import, so each robot's file is imported when the robot is made.
 IN_MAZES = {
@@ -42,13 +53,23 @@ WITH_ACHIEVEMENTS = {
     "minicraft": ("envs.minicraft.Minicraft", {}),
 }
 """Tasks without goals, but with achievements to unlock."""
+FAMILIES = {
+    "point_goal": ("envs.point.PointGoal", {}),
+    "sparse_point_goal": ("envs.point.SparsePointGoal", {}),
+    "half_cheetah_dir": ("envs.families.HalfCheetahDir", {}),
+    "half_cheetah_vel": ("envs.families.HalfCheetahVel", {}),
+    "ant_dir": ("envs.families.AntDir", {}),
+    "ant_goal": ("envs.families.AntGoal", {}),
+    "humanoid_dir": ("envs.families.HumanoidDir", {}),
+    "walker_params": ("envs.families.WalkerParams", {}),
+}
+"""Task families (meta-RL)."""
 
 
 def names() -> list[str]:
     """All names that `make` takes, but for stitching tasks of other distances than the published ones."""
-    return sorted(
-        [f"{robot}_{maze}" for robot in IN_MAZES for maze in mazes.names()] + [*IN_THE_OPEN, *WITH_ACHIEVEMENTS]
-    )
+    in_mazes = [f"{robot}_{maze}" for robot in IN_MAZES for maze in mazes.names()]
+    return sorted([*in_mazes, *IN_THE_OPEN, *WITH_ACHIEVEMENTS, *FAMILIES])
 
 
 def make(name: str, **options: Any) -> Env:
@@ -57,7 +78,7 @@ def make(name: str, **options: Any) -> Env:
     ValueError in one line, with the nearest names, if there is no such environment, maze or option.
     """
     robot = max((robot for robot in IN_MAZES if name.startswith(f"{robot}_")), key=len, default="")
-    without_maze = IN_THE_OPEN | WITH_ACHIEVEMENTS
+    without_maze = IN_THE_OPEN | WITH_ACHIEVEMENTS | FAMILIES
     if name in without_maze:
         path, arguments = without_maze[name]
     elif robot and (name in names() or "_gen_" in name):

@@ -139,6 +139,41 @@ class AchievementEnv(Env):
         return VectorEnv(self, num_envs, episode_length, fresh_worlds=self.fresh_worlds)
 
 
+class TaskFamily(Env):
+    """Tasks that differ in their rewards or their physics, and that an agent tells apart by acting only (meta-RL).
+
+    The task is a vector in `State.goal`; the observation does not contain it. `sample_goal` draws a task, `with_goal`
+    gives a state another one.
+
+    Attributes:
+      task_size: length of the task vector.
+      oracle_size: length of `oracle(task)`.
+      num_train_tasks, num_test_tasks: how many there are, as published.
+    """
+
+    task_size: int
+    oracle_size: int
+    num_train_tasks: int
+    num_test_tasks: int
+    goal_indices = ()
+    success_radius = 0.0
+
+    def tasks(
+        self, key: Key[Array, ""], num_train: int, num_test: int
+    ) -> tuple[Float[Array, "num_train task"], Float[Array, "num_test task"]]:
+        """The lists of tasks to train on and to test on; ValueError if the family cannot have so many."""
+        tasks = jax.vmap(self.sample_goal)(jax.random.split(key, num_train + num_test))
+        return tasks[:num_train], tasks[num_train:]
+
+    def oracle(self, task: Float[Array, " task"]) -> Float[Array, " oracle"]:
+        """What an agent is told that is told the task."""
+        return task
+
+    def training_reward(self, state: State) -> Float[Array, ""]:
+        """The reward to learn from; `State.reward` is what context and scores are made of."""
+        return state.reward
+
+
 class VectorState(NamedTuple):
     """`num_envs` environments and their clocks; every leaf has a leading axis of `num_envs`."""
 

@@ -38,7 +38,7 @@ class HalfCheetah(MjxRobot):
     success_radius = 0.5
 
     def __init__(self):
-        super().__init__(_model(), SUBSTEPS)
+        super().__init__(model(), SUBSTEPS)
 
     def reset(self, key: Key[Array, ""]) -> State:
         q_key, qd_key, goal_key = jax.random.split(key, 3)
@@ -63,7 +63,8 @@ class HalfCheetah(MjxRobot):
         return np.concatenate([goal, np.zeros_like(goal), np.full_like(goal, HEIGHT)], axis=-1)
 
 
-def _model() -> mujoco.MjModel:
+def model() -> mujoco.MjModel:
+    """brax's half-cheetah, with its mass of 14 kg."""
     root = ElementTree.fromstring(spring.asset("half_cheetah.xml"))
     del root.find("compiler").attrib["settotalmass"]  # deprecated: MuJoCo says so in a file it writes
     model = mujoco.MjModel.from_xml_string(ElementTree.tostring(root, encoding="unicode"))

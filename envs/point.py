@@ -1,7 +1,7 @@
-"""A point robot in any maze, in pure JAX: the CRL story on a laptop, and tests with a known answer.
+"""A point robot in pure JAX, in any maze and in the open: the story on a laptop, and tests with a known answer.
 
-The robot is a disc of radius 0.2 in corridors one unit wide. An action is its velocity, at most 0.3 units a step along
-each axis; walls push it out along their normal, so it slides along them. Observation: x, y. Goal: x, y.
+In a maze the robot is a disc of radius 0.2 in corridors one unit wide. An action is its velocity, at most 0.3 units a
+step along each axis; walls push it out along their normal, so it slides along them. Observation: x, y. Goal: x, y.
 """
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from envs import mazes
-from envs.base import Env, State
+from envs.base import Env, State, TaskFamily
 
 ROBOT_RADIUS = 0.2
 SPEED = 0.3
@@ -56,28 +56,101 @@ class PointMaze(Env):
 
     def render(self, states: State, stem: str) -> str:
         """A GIF of all episodes side by side in one maze: the robots, their trails and their goals (crosses)."""
-        import matplotlib
+        return _film(states, stem, ROBOT_RADIUS, lambda axes: mazes.draw(self.maze, axes))
 
-        matplotlib.use("agg")
-        from matplotlib import animation, pyplot
 
-        path, goals = np.asarray(states.physics), np.asarray(states.goal[:, 0])
-        figure, axes = pyplot.subplots(figsize=(4, 4), dpi=72, layout="tight")
-        mazes.draw(self.maze, axes)
-        colours = pyplot.get_cmap("tab10")(np.arange(len(path)) % 10)
-        axes.scatter(*goals.T, c=colours, marker="x", s=60)
-        trails = [axes.plot([], [], color=c, alpha=0.5)[0] for c in colours]
-        robots = [axes.add_patch(pyplot.Circle((0, 0), ROBOT_RADIUS, color=c)) for c in colours]
+class PointGoal(TaskFamily):
+    """A point in the open plane goes to a goal that it is not told: the task, uniform in [-1, 1]^2.
 
-        def frame(t):
-            for p, trail, robot in zip(path, trails, robots):
-                trail.set_data(*p[: t + 1].T)
-                robot.center = p[t]
+    Observation: x, y. Action: displacement, at most 0.1 along each axis. It starts anywhere in [-1, 1]^2. Reward: minus
+    the distance to the goal after the step. Nothing terminates; published episodes have 20 steps.
+    """
 
-        film = animation.FuncAnimation(figure, frame, range(0, path.shape[1], 2))
-        film.save(f"{stem}.gif", animation.PillowWriter(fps=12))
-        pyplot.close(figure)
-        return f"{stem}.gif"
+    name = "point_goal"
+    observation_size = action_size = task_size = oracle_size = 2
+    num_train_tasks, num_test_tasks = 80, 20
+    STEP = 0.1
+
+    def reset(self, key: Key[Array, ""]) -> State:
+        start_key, goal_key = jax.random.split(key)
+        position = self.start(start_key)
+        return State(position, position, self.sample_goal(goal_key), jnp.zeros(()), jnp.zeros((), bool))
+
+    def start(self, key: Key[Array, ""]) -> Float[Array, "2"]:
+        return jax.random.uniform(key, (2,), minval=-1.0, maxval=1.0)
+
+    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
+        return jax.random.uniform(key, (2,), minval=-1.0, maxval=1.0)
+
+    def step(self, state: State, action: Float[Array, "2"]) -> State:
+        position = state.physics + self.STEP * jnp.clip(action, -1, 1)
+        after = state._replace(physics=position, observation=position)
+        return after._replace(reward=self.reward(after))
+
+    def reward(self, state: State) -> Float[Array, ""]:
+        return -jnp.linalg.norm(state.physics - state.goal)
+
+    def render(self, states: State, stem: str) -> str:
+        """A GIF of all episodes side by side: the points, their trails and their goals (crosses)."""
+        return _film(states, stem, 0.04, lambda axes: axes.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal"))
+
+
+class SparsePointGoal(PointGoal):
+    """The same from the origin, with goals on the upper half of the unit circle and a reward near them only.
+
+    Reward: 1 - distance where the distance to the goal is at most 0.2, else 0. The dense one is learned from.
+    """
+
+    name = "sparse_point_goal"
+    RADIUS = 0.2
+
+    def start(self, key: Key[Array, ""]) -> Float[Array, "2"]:
+        return jnp.zeros(2)
+
+    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
+        return _on_arc(jax.random.uniform(key, maxval=np.pi))
+
+    def tasks(self, key, num_train, num_test):
+        """Evenly along the half circle, shuffled."""
+        angles = jax.random.permutation(key, jnp.linspace(0, np.pi, num_train + num_test))
+        goals = jax.vmap(_on_arc)(angles)
+        return goals[:num_train], goals[num_train:]
+
+    def reward(self, state: State) -> Float[Array, ""]:
+        dense = super().reward(state)
+        return jnp.where(dense >= -self.RADIUS, 1 + dense, 0.0)
+
+    def training_reward(self, state: State) -> Float[Array, ""]:
+        return super().reward(state)
+
+
+def _on_arc(angle: Float[Array, ""]) -> Float[Array, "2"]:
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+
+def _film(states: State, stem: str, radius: float, draw_background) -> str:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import animation, pyplot
+
+    path, goals = np.asarray(states.physics), np.asarray(states.goal[:, 0])
+    figure, axes = pyplot.subplots(figsize=(4, 4), dpi=72, layout="tight")
+    draw_background(axes)
+    colours = pyplot.get_cmap("tab10")(np.arange(len(path)) % 10)
+    axes.scatter(*goals.T, c=colours, marker="x", s=60)
+    trails = [axes.plot([], [], color=c, alpha=0.5)[0] for c in colours]
+    robots = [axes.add_patch(pyplot.Circle((0, 0), radius, color=c)) for c in colours]
+
+    def frame(t):
+        for p, trail, robot in zip(path, trails, robots):
+            trail.set_data(*p[: t + 1].T)
+            robot.center = p[t]
+
+    film = animation.FuncAnimation(figure, frame, range(0, path.shape[1], 2))
+    film.save(f"{stem}.gif", animation.PillowWriter(fps=12))
+    pyplot.close(figure)
+    return f"{stem}.gif"
 
 
 def _jitter(key: Key[Array, ""]) -> Float[Array, "2"]:

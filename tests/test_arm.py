@@ -203,8 +203,8 @@ def test_a_step_is_that_of_mjx(pushing):
 
         return jax.jit(jax.vmap(one))(stages)
 
-    ours = substep(lambda data: mjx_physics._step(env.model, env._model, data))
-    theirs = substep(lambda data: mjx_physics.mjx.step(env._model, data))
+    ours = substep(lambda data: mjx_physics._step(env.model, env.mjx_model, data))
+    theirs = substep(lambda data: mjx_physics.mjx.step(env.mjx_model, data))
     for a, b, tolerance in zip(ours, theirs, (1e-6, 1e-4, 0.05)):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=1e-4)
 
