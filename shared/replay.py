@@ -147,3 +147,121 @@ def _episode_end(replay, row, env):
 def gather(replay: Replay, row: Int[Array, " batch"], env: Int[Array, " batch"]) -> PyTree[Float[Array, "batch ..."]]:
     """The data of the rows with these numbers, which the buffer must still hold."""
     return jax.tree.map(lambda x: x[row % replay.capacity, env], replay.data)
+
+
+# ---- a buffer for each of many tasks --------------------------------------------------------------------------------
+
+
+class TaskReplay(NamedTuple):
+    """The last `capacity` rows of each task, and which of them are its recent context.
+
+    Row number t of a task, counted from the first ever written, lies at position t % capacity.
+    """
+
+    data: PyTree[Float[Array, "tasks capacity ..."]]
+    step: Int[Array, "tasks capacity"]
+    """Rows of the same episode before a row."""
+    left: Int[Array, "tasks capacity"]
+    """Rows of the same episode after it."""
+    count: Int[Array, " tasks"]
+    """Rows ever written, also those overwritten since."""
+    context_start: Int[Array, " tasks"]
+    context_end: Int[Array, " tasks"]
+    """The recent context are the rows from the one number to before the other."""
+
+    @property
+    def capacity(self) -> int:
+        return self.step.shape[1]
+
+
+def init_tasks(row: PyTree[Float[Array, "..."]], num_tasks: int, capacity: int) -> TaskReplay:
+    """An empty buffer for rows shaped like `row`."""
+    counts = jnp.zeros(num_tasks, jnp.int32)
+    zeros = jnp.zeros((num_tasks, capacity), jnp.int32)
+    data = jax.tree.map(lambda x: jnp.zeros((num_tasks, capacity, *x.shape), x.dtype), row)
+    return TaskReplay(data, zeros, jnp.copy(zeros), counts, jnp.copy(counts), jnp.copy(counts))
+
+
+def forget_context(replay: TaskReplay, task: Int[Array, " visits"]) -> TaskReplay:
+    """The recent context of these tasks is empty; it begins with what they get next."""
+    now = replay.count[task]
+    start, end = (x.at[task].set(now) for x in (replay.context_start, replay.context_end))
+    return replay._replace(context_start=start, context_end=end)
+
+
+def add_to_tasks(
+    replay: TaskReplay,
+    task: Int[Array, " visits"],
+    rows: PyTree[Float[Array, "visits time ..."]],
+    last: Bool[Array, "visits time"],
+    context: bool,
+) -> TaskReplay:
+    """Appends `time` rows of whole episodes to the task of each visit; several visits may be to one task.
+
+    Args:
+      last: marks the rows that end an episode; the last row always does.
+      context: whether they belong to the recent context too.
+
+    All the rows that a call adds to a task must fit its buffer.
+    """
+    time = last.shape[1]
+    index = jnp.arange(time)
+    end = jax.lax.cummin(jnp.where(last, index, time - 1), axis=1, reverse=True)
+    first = jnp.pad(last, ((0, 0), (1, 0)))[:, :-1]
+    start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    earlier = jnp.sum(jnp.tril(task[:, None] == task, -1), axis=1)  # visits to the same task before this one
+    position = (replay.count[task] + earlier * time)[:, None] + index
+    put = lambda old, new: old.at[task[:, None], position % replay.capacity].set(new)
+    count = replay.count.at[task].add(time)
+    return replay._replace(
+        data=jax.tree.map(put, replay.data, rows),
+        step=put(replay.step, index - start),
+        left=put(replay.left, end - index),
+        count=count,
+        context_end=replay.context_end.at[task].set(count[task]) if context else replay.context_end,
+    )
+
+
+def sample_rows(
+    replay: TaskReplay, task: Int[Array, " tasks"], key: Key[Array, ""], size: int
+) -> PyTree[Float[Array, "tasks size ..."]]:
+    """Rows of each task, uniform and independent."""
+    newest = replay.count[task]
+    return _of_tasks(replay, task, _uniform(key, newest - jnp.minimum(newest, replay.capacity), newest, size))
+
+
+def sample_context(
+    replay: TaskReplay, task: Int[Array, " tasks"], key: Key[Array, ""], size: int
+) -> PyTree[Float[Array, "tasks size ..."]]:
+    """Rows of each task's recent context, which is not empty, uniform and independent."""
+    number = _uniform(key, replay.context_start[task], replay.context_end[task], size)
+    return _of_tasks(replay, task, number)
+
+
+def sample_crops(
+    replay: TaskReplay, task: Int[Array, " tasks"], key: Key[Array, ""], window: int
+) -> tuple[PyTree[Float[Array, "2 tasks window ..."]], Bool[Array, "tasks window"]]:
+    """Two windows of `window` successive rows of one episode of each task's recent context, and which rows count.
+
+    The episode is that of a uniform row: where all are equally long, a uniform episode. The starts of the windows are
+    uniform and independent, so that they may overlap. A shorter episode is a window itself, padded.
+    """
+    row_key, offset_key = jax.random.split(key)
+    row = _uniform(row_key, replay.context_start[task], replay.context_end[task], 1)[:, 0]
+    step, left = (x[task, row % replay.capacity] for x in (replay.step, replay.left))
+    length = step + left + 1
+    width = jnp.minimum(window, length)
+    offset = jax.random.randint(offset_key, (2, len(task)), 0, length - width + 1)
+    index = jnp.arange(window)
+    number = (row - step + offset)[..., None] + jnp.minimum(index, width[:, None] - 1)
+    crops = jax.vmap(lambda number: _of_tasks(replay, task, number))(number)
+    return crops, index < width[:, None]
+
+
+def _uniform(key, start, end, size):
+    """Numbers (tasks, size) uniform in start..end-1 of each task."""
+    return jax.random.randint(key, (len(start), size), start[:, None], end[:, None])
+
+
+def _of_tasks(replay, task, number):
+    return jax.tree.map(lambda x: x[task[:, None], number % replay.capacity], replay.data)

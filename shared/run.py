@@ -458,12 +458,13 @@ def read_metrics(folder) -> dict[str, np.ndarray]:
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
 
 
-def plot_curve(folder, curves: dict[str, str], ylabel: str) -> Path:
+def plot_curve(folder, curves: dict[str, str], ylabel: str, bottom: float | None = -0.02) -> Path:
     """Draws metrics against environment steps: the mean over seeds, and a band from the lowest to the highest.
 
     Args:
       folder: the run folder; the figure is its `curve.png`.
       curves: name of a metric -> label.
+      bottom: where the vertical axis begins; None for wherever the curves do.
     """
     import matplotlib
 
@@ -474,7 +475,7 @@ def plot_curve(folder, curves: dict[str, str], ylabel: str) -> Path:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, label in curves.items():
         plot_seeds(axes, metrics["env_steps"], metrics[name], label)
-    axes.set(xlabel="environment steps", ylabel=ylabel, ylim=(-0.02, None))
+    axes.set(xlabel="environment steps", ylabel=ylabel, ylim=(bottom, None))
     axes.grid(alpha=0.3)
     axes.legend()
     path = Path(folder) / "curve.png"
