@@ -1,0 +1,133 @@
+"""cocoa.py as a user runs it: killed, resumed, stopped, gone wrong. Tiny settings, real processes."""
+
+import re
+import signal
+
+import commands
+import pytest
+from commands import Script, metrics
+
+from algorithms import cocoa
+
+SCRIPT = Script(cocoa)
+TINY = [
+    *("--num_train_tasks=6", "--num_test_tasks=4", "--tasks_per_iteration=3", "--updates_per_iteration=4"),
+    *("--width=8", "--encoder_width=8", "--batch_size=8", "--meta_batch=4", "--context_size=10", "--replay_size=30000"),
+    *("--num_trajectories=4", "--latent_size=5", "--prior_steps=40", "--posterior_steps=0", "--extra_steps=40"),
+    *("--exploration_episodes=1", "--eval_episodes=3", "--eval_every=960", "--checkpoint_every=480"),
+]
+ROBOT = [
+    *("--env=half_cheetah_vel", "--num_train_tasks=4", "--num_test_tasks=2", "--episode_length=20", "--width=16"),
+    *("--initial_steps=20", "--prior_steps=20", "--extra_steps=20", "--tasks_per_iteration=2", "--meta_batch=4"),
+    *("--batch_size=16", "--context_size=16", "--num_trajectories=4", "--updates_per_iteration=5"),
+    *("--replay_size=20000", "--eval_every=400", "--checkpoint_every=80"),
+]
+FIGURES = {"curve.png", "embedding.png"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return commands.cache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, cache):
+    """An uninterrupted run of 2 seeds: its parent folder, its flags and what it printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = [*TINY, "--num_seeds=2", "--total_env_steps=12000", "--probe"]
+    done = SCRIPT.run(*flags, f"--run_dir={folder / 'whole'}", cwd=folder, env=cache)
+    return folder, flags, done
+
+
+def test_prints_what_it_is_and_last_the_run_folder(reference):
+    folder, _, done = reference
+    assert done.stdout.splitlines()[-1] == str(folder / "whole")
+    for words in (
+        "recipe for point_goal",
+        "CoCOA: PEARL with the contrastive loss",
+        "[0-9,]+ parameters; 6 train tasks, 4 test tasks",
+        "compiled learn",
+        "return adapted",
+    ):
+        assert re.search(words, done.stdout), words
+    assert "steps/s" in done.stderr and "left" in done.stderr
+    assert {path.name for path in (folder / "whole").iterdir()} >= {*FIGURES, "rollout.gif"}
+
+
+def test_metrics_are_those_of_two_different_seeds(reference):
+    folder, *_ = reference
+    rows = metrics(folder / "whole")
+    first, each = 6 * 200, 3 * (40 + 40)
+    assert [int(row["env_steps"]) for row in rows[::2]] == list(range(first + each, 12_001, each))
+    assert {row["seed"] for row in rows} == {"0", "1"}
+    assert rows[0]["train/critic_loss"] != rows[1]["train/critic_loss"]
+    last = rows[-2]
+    for name in ("eval/return_prior", "eval/return_adapted", "eval/probe_r2", "train/contrastive_loss"):
+        assert float(last[name]) == float(last[name]), name
+    assert -60 < float(last["eval/return_adapted"]) < 0
+
+
+def test_killed_twice_and_resumed_it_ends_with_the_same_metrics(reference, cache):
+    folder, flags, _ = reference
+    killed, total = folder / "killed", len(metrics(folder / "whole"))
+    *_, code = SCRIPT.signalled(signal.SIGKILL, killed, [*flags, f"--run_dir={killed}"], folder, total * 0.2, cache)
+    assert code == -signal.SIGKILL
+    *_, code = SCRIPT.signalled(signal.SIGKILL, killed, [f"--resume={killed}"], folder, total * 0.5, cache)
+    assert code == -signal.SIGKILL and len(metrics(killed)) < total
+    SCRIPT.run(f"--resume={killed}", cwd=folder)  # compiled anew, as after a reboot
+    assert metrics(killed) == metrics(folder / "whole")
+
+
+def test_a_stopped_run_saves_says_how_to_resume_and_goes_on(reference, cache):
+    folder, flags, _ = reference
+    stopped = folder / "stopped"
+    out, _, code = SCRIPT.signalled(signal.SIGINT, stopped, [*flags, f"--run_dir={stopped}"], folder, 20, cache)
+    assert code == 128 + signal.SIGINT
+    assert f"--resume {stopped}" in out and out.splitlines()[-1] == str(stopped)
+    saved = max(int(path.stem) for path in (stopped / "checkpoints").glob("*.eqx"))
+    assert saved == int(metrics(stopped)[-1]["env_steps"]), "nothing that was trained is lost"
+    SCRIPT.run(f"--resume={stopped}", cwd=folder, env=cache)
+    assert metrics(stopped) == metrics(folder / "whole")
+
+
+def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, cache):
+    flags = [*TINY, "--total_env_steps=12000", "--learning_rate=1e38", f"--run_dir={tmp_path / 'r'}"]
+    done = SCRIPT.run(*flags, cwd=tmp_path, code=2, env=cache)
+    assert re.search(r"^error: .* gradient step \d+.*; training stopped", done.stderr, re.MULTILINE)
+    assert list((tmp_path / "r" / "checkpoints").glob("*.eqx"))
+
+
+# the encoder: 5 x 8 + 8, two of 8 x 8 + 8, 8 x 10 + 10; a network with n inputs and m outputs: 8 n + 8 + 2 x 72 + 9 m
+ENCODER = 48 + 144 + 90
+NETWORK = lambda inputs, outputs: 8 * inputs + 8 + 144 + 9 * outputs
+PEARL = ENCODER + 2 * NETWORK(9, 1) + NETWORK(7, 4) + NETWORK(7, 1)
+
+
+@pytest.mark.parametrize(
+    ("flag", "what", "parameters", "present", "absent"),
+    [
+        ("--contrastive=false", "PEARL", PEARL, "train/kl", "train/contrastive"),
+        ("--context=oracle", "SAC that is told the task", PEARL - ENCODER - 96, "eval/return_oracle", "train/kl"),
+        ("--similarity=bilinear", "CoCOA", PEARL + 25, "train/contrastive_loss", "eval/return_oracle"),
+        ("--env=sparse_point_goal", "CoCOA", PEARL, "eval/return_adapted", "eval/return_oracle"),
+    ],
+)
+def test_each_switch_changes_what_it_says(flag, what, parameters, present, absent, tmp_path, cache):
+    flags = [*TINY, flag, "--total_env_steps=1300", f"--run_dir={tmp_path / 'run'}"]
+    out = SCRIPT.run(*flags, cwd=tmp_path, env=cache).stdout
+    assert re.search(f"^{what}", out, re.MULTILINE) and f"{parameters:,} parameters" in out
+    row = metrics(tmp_path / "run")[-1]
+    assert row[present] and not any(name.startswith(absent) for name in row)
+
+
+@pytest.mark.slow
+def test_half_cheetahs_train_adapt_and_end_the_same_after_a_kill(tmp_path, cache):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    flags = [*ROBOT, "--total_env_steps=800"]
+    SCRIPT.run(*flags, f"--run_dir={whole}", cwd=tmp_path, env=cache)
+    assert {path.name for path in whole.iterdir()} >= {*FIGURES, "rollout.html"}
+    assert -100 < float(metrics(whole)[-1]["eval/return_adapted"]) < 0, "some m/s off, for 20 steps, and effort"
+    *_, code = SCRIPT.signalled(signal.SIGKILL, folder, [*flags, f"--run_dir={folder}"], tmp_path, 2, cache)
+    assert code == -signal.SIGKILL
+    SCRIPT.run(f"--resume={folder}", cwd=tmp_path, env=cache)
+    assert metrics(folder) == metrics(whole)
