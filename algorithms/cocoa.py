@@ -233,6 +233,10 @@ def check(config: Config, family: TaskFamily) -> None:
     )
     for name, number in zip(("num_train_tasks", "num_test_tasks"), num_tasks(config, family)):
         need(number >= 1, f"{name} is {number}; it is at least 1")
+    try:
+        jax.eval_shape(lambda: family.tasks(jax.random.key(0), *num_tasks(config, family)))
+    except ValueError as error:
+        raise run.UserError(str(error)) from None
     need(
         config.negatives == "all" or num_tasks(config, family)[0] >= 2,
         "num_train_tasks is 1; --negatives=other_tasks needs at least 2",
@@ -1012,10 +1016,7 @@ def train(config: Config, family: TaskFamily, log: run.Run) -> None:
     seeds = jax.vmap(jax.random.key)(seed_numbers)
     batched = partial(run.over_seeds, config.num_seeds)
     begin_run = jax.jit(batched(partial(init, config, family)))
-    try:
-        shapes = jax.eval_shape(begin_run, seeds)
-    except ValueError as error:  # of the family's tasks
-        raise run.UserError(str(error)) from None
+    shapes = jax.eval_shape(begin_run, seeds)
     describe(config, family, shapes, log)
     compiled = lambda name, function: log.compile(
         name, jax.jit(batched(partial(function, config, family)), donate_argnums=0), shapes

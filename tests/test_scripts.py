@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from algorithms import crl, ppo_ad
+from algorithms import cocoa, crl, ppo_ad
 from shared import run
 
 BAD_INPUT = {
@@ -77,6 +77,36 @@ BAD_INPUT = {
         (["--transport=exact"], r"sinkhorn\|dykstra"),
         (["--resume=/tmp"], r"/tmp is not a run folder"),
     ],
+    cocoa: [
+        (["--env=half_cheeta_vel"], r"unknown environment 'half_cheeta_vel'; did you mean .*half_cheetah_vel"),
+        (["--env=half_cheetah"], r"half_cheetah is not a task family; take one of .*half_cheetah_vel"),
+        (["--windw=3"], r"windw.*window"),
+        (["--window=21"], r"window is 21; it lies in 1 to episode_length \(20\), the longest trajectory"),
+        (["--window=0"], r"window is 0; it lies in 1 to episode_length"),
+        (["--num_trajectories=1"], r"num_trajectories is 1; a trajectory is told from others, so it is at least 2"),
+        (
+            ["--num_train_tasks=5000"],
+            r"replay_size is 80000, 16 rows for each of 5000 train tasks; each needs 200: make it 1000000 or more, "
+            r"or num_train_tasks at most 400",
+        ),
+        (["--num_train_tasks=0"], r"num_train_tasks is 0; it is at least 1"),
+        (["--env=half_cheetah_dir", "--num_train_tasks=3"], r"3 train and 2 test tasks; there are 2 tasks"),
+        (["--num_train_tasks=1", "--negatives=other_tasks"], r"negatives=other_tasks needs at least 2"),
+        (["--env_options=forward_backward=true"], r"point_goal has no option 'forward_backward'; it has none"),
+        (["--total_env_steps=16000"], r"total_env_steps is 16000; it must exceed the first 16000"),
+        (["--exploration_episodes=8"], r"exploration_episodes is 8; it lies in 1 to eval_episodes - 1 \(7\)"),
+        (["--meta_batch=0"], r"meta_batch is 0; it is at least 1"),
+        (["--num_seeds=0"], r"num_seeds is 0; it is at least 1"),
+        (["--extra_steps=-1"], r"extra_steps is -1; it is at least 0"),
+        (["--temperature=0"], r"temperature is 0.0; it is above 0"),
+        (["--momentum=1"], r"momentum is 1.0; it lies in \[0, 1\)"),
+        (["--discount=1"], r"discount is 1.0; it lies in \[0, 1\)"),
+        (["--target_rate=0"], r"target_rate is 0.0; it lies in \(0, 1\]"),
+        (["--final_lr_fraction=2"], r"final_lr_fraction is 2.0; it lies in \[0, 1\]"),
+        (["--similarity=cosine"], r"mahalanobis\|bhattacharyya\|bilinear\|wasserstein"),
+        (["--context=task"], r"encoder\|oracle"),
+        (["--resume=/tmp"], r"/tmp is not a run folder"),
+    ],
 }
 
 
@@ -121,7 +151,21 @@ def ppo_ad_metrics() -> list[str]:
     return [re.sub("success/.*", "success/<achievement>", name) for name in names]
 
 
-METRICS = {crl: crl_metrics, ppo_ad: ppo_ad_metrics}
+def cocoa_metrics() -> list[str]:
+    def shapes(**options):
+        config = cocoa.Config(**cocoa.RECIPES["*point_goal"], probe=True, **options)
+        family = cocoa.make_family(config)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        state = jax.eval_shape(lambda key: cocoa.init(config, family, key), key)
+        train = jax.eval_shape(lambda state: cocoa.learn(config, family, state), state)[1]
+        score = lambda s, k: cocoa.evaluate(config, family, s.agent, s.train_tasks, s.test_tasks, k)
+        steps = cocoa.count(config, family, state._replace(iterations=jnp.zeros(1, int)))
+        return [*train, *jax.eval_shape(score, state, key), *steps]
+
+    return [*shapes(), *shapes(context="oracle")]
+
+
+METRICS = {crl: crl_metrics, ppo_ad: ppo_ad_metrics, cocoa: cocoa_metrics}
 SCRIPTS = list(METRICS)
 FIELDS = [(script, field.name) for script in SCRIPTS for field in dataclasses.fields(script.Config)]
 
