@@ -1,0 +1,104 @@
+"""CoCOA's values that the thesis leaves open, one changed at a time: what each does to the embedding and to the return.
+
+    python results/cocoa_choices.py [FOLDER]    all runs (about 30 minutes on 2 cores), then cocoa_choices.csv and .png
+    python results/cocoa_choices.py draw        the figure from the CSV
+
+Runs go to FOLDER (runs/cocoa_choices); those that are there already are gone on with, or kept. The setting is PEARL's own
+data schedule for the point robot, where contexts hold prior episodes only: PEARL's embedding is imperfect there.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+HERE = Path(__file__).parent
+SCRIPT = "algorithms/cocoa.py"
+COMMON = (
+    "--num_seeds 3 --total_env_steps 40000 --num_test_tasks 100 --prior_steps 80 --posterior_steps 0 --extra_steps 40 "
+    "--exploration_episodes 3 --eval_episodes 4 --probe --eval_every 40000"
+)
+CHOICES = {
+    "PEARL": "--contrastive=false",
+    "CoCOA": "",
+    "window 3": "--window 3",
+    "window 6": "--window 6",
+    "window 20": "--window 20",
+    "weight 0.1": "--contrastive_weight 0.1",
+    "weight 10": "--contrastive_weight 10",
+    "momentum 0": "--momentum 0",
+    "momentum 0.95": "--momentum 0.95",
+    "momentum 0.999": "--momentum 0.999",
+    "temperature 1": "--temperature 1",
+    "temperature 10": "--temperature 10",
+    "bhattacharyya / 12.5": "--similarity bhattacharyya --temperature 12.5",
+    "wasserstein / 1": "--similarity wasserstein --temperature 1",
+    "bilinear / 1": "--similarity bilinear --temperature 1",
+}
+METRICS = {
+    "eval/probe_r2": "variance of held-out goals that a linear probe explains",
+    "eval/return_adapted": "return on held-out goals, adapted",
+    "train/contrastive_accuracy": "queries whose own key is nearest",
+    "train/logit_range": "range of logits",
+}
+DRAWN = list(METRICS)[:2]
+
+
+def measure(name: str, flags: str, folder: Path) -> list[dict]:
+    """The last evaluation of a choice, a row a seed; trains if that is not done."""
+    if (folder / "config.json").exists():
+        command = [sys.executable, SCRIPT, "--resume", str(folder)]
+    else:
+        command = [sys.executable, SCRIPT, *COMMON.split(), *flags.split(), "--run_dir", str(folder)]
+    subprocess.run(command, cwd=HERE.parent, check=True)
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    last = [row for row in rows if row["env_steps"] == rows[-1]["env_steps"]]
+    return [{"choice": name, "seed": row["seed"], **{key: row.get(key, "") for key in METRICS}} for row in last]
+
+
+def draw() -> None:
+    """A point a seed, a bar at the mean; the line is PEARL's mean."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    with (HERE / "cocoa_choices.csv").open() as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    figure, axes = pyplot.subplots(1, len(DRAWN), figsize=(10, 5), sharey=True, layout="constrained")
+    names = list(dict.fromkeys(row["choice"] for row in rows))
+    for axis, metric in zip(axes, DRAWN):
+        for height, name in enumerate(names):
+            values = np.array([float(row[metric]) for row in rows if row["choice"] == name])
+            axis.plot(values, np.full(len(values), height), "o", color="tab:blue", alpha=0.4, markersize=4)
+            axis.plot(values.mean(), height, "|", color="black", markersize=14)
+            if name == "PEARL":
+                axis.axvline(values.mean(), color="grey", linewidth=1)
+        axis.set_title(METRICS[metric], fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    figure.savefig(HERE / "cocoa_choices.png", dpi=100, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main(parent: str = "runs/cocoa_choices") -> None:
+    rows, made = [], {}
+    for name, flags in CHOICES.items():
+        folder = Path(parent).resolve() / name.replace(" / ", "_").replace(" ", "_")
+        rows += measure(name, flags, folder)
+        made = json.loads((folder / "config.json").read_text())
+    with (HERE / "cocoa_choices.csv").open("w", newline="") as file:
+        facts = {"command": "python results/cocoa_choices.py"} | {k: made[k] for k in ("commit", "versions", "device")}
+        file.write(f"# {json.dumps(facts)}\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw()
+
+
+if __name__ == "__main__":
+    draw() if sys.argv[1:] == ["draw"] else main(*sys.argv[1:])

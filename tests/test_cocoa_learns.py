@@ -1,0 +1,102 @@
+"""What cocoa.py learns, against known answers: a probe of the contrastive loss, and point_goal on held-out goals."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from algorithms import cocoa
+from envs import State, TaskFamily
+from envs.point import PointGoal
+
+
+def trained(config, family, number=None):
+    """The state of the first seed after so many iterations; by default the whole run."""
+    state = jax.jit(partial(cocoa.init, config, family))(jax.random.key(config.seed))
+    state = jax.jit(partial(cocoa.fill, config, family), donate_argnums=0)(state)
+
+    iteration = lambda state: cocoa.learn(config, family, cocoa.collect(config, family, state))[0]
+    iteration = jax.jit(iteration, donate_argnums=0).lower(state).compile()
+    for _ in range(number or cocoa.iterations(config, family)):
+        state = iteration(state)
+    return state
+
+
+# ---- the contrastive loss alone -----------------------------------------------------------------------------------
+
+
+class Silent(TaskFamily):
+    """Observations are the task's number and a second one, under noise. Nothing is ever rewarded.
+
+    The critics need no embedding here, and the bottleneck asks for none: what the posterior tells comes from contrast.
+    """
+
+    name = "silent"
+    observation_size, action_size, task_size, oracle_size = 2, 1, 1, 1
+    num_train_tasks, num_test_tasks = 32, 16
+
+    def sample_goal(self, key):
+        return jax.random.uniform(key, (1,), minval=-1.0, maxval=1.0)
+
+    def reset(self, key):
+        return State(key, jnp.zeros(2), self.sample_goal(key), jnp.zeros(()), jnp.zeros((), bool))
+
+    def step(self, state, action):
+        key, noise_key = jax.random.split(state.physics)
+        noise = jax.random.normal(noise_key, (2,))
+        observation = jnp.stack([state.goal[0] + 0.1 * noise[0], noise[1]])
+        return state._replace(physics=key, observation=observation)
+
+    def render(self, states, stem):
+        raise NotImplementedError
+
+
+def held_out_info_nce(config, family, agent, tasks):
+    """By NumPy and SciPy: the loss of telling which of two trajectories in each test task are of one task."""
+    belief = cocoa.prior(len(tasks), config.latent_size)
+    play = jax.jit(partial(cocoa.unroll, config, family))
+    halves = []
+    for seed in (1, 2):
+        told = jax.vmap(family.oracle)(tasks)
+        rows, _ = play(agent.policy, belief, told, tasks, jax.random.key(seed))
+        context = cocoa.transition(config, rows)[:, : cocoa.window(config)]
+        halves.append(jax.tree.map(np.asarray, cocoa.embed(agent.model.encoder, context)))
+    (m1, v1), (m2, v2) = halves
+    variance = (v1[:, None] + v2) / 2 + 1e-3
+    logits = -np.sum((m1[:, None] - m2) ** 2 / variance, axis=-1) / config.temperature
+    losses = scipy.special.logsumexp(logits, axis=1) - np.diag(logits)
+    return float(losses.mean())
+
+
+def test_contrast_embeds_what_the_rewards_do_not_ask_for():
+    family = Silent()
+    config = cocoa.Config(
+        env="silent",
+        episode_length=20,
+        initial_steps=40,
+        tasks_per_iteration=16,
+        prior_steps=20,
+        extra_steps=0,
+        updates_per_iteration=500,
+        batch_size=8,
+        context_size=20,
+        window=10,
+        latent_size=2,
+        kl_weight=0.01,
+        learning_rate=2e-3,
+        width=16,
+        encoder_width=32,
+        replay_size=32 * 400,
+    )
+
+    def loss(config):
+        state = trained(config, family, 3)
+        return held_out_info_nce(config, family, state.agent, state.test_tasks)
+
+    chance = np.log(family.num_test_tasks)
+    assert loss(config) < 0.6 * chance
+    assert loss(dataclasses.replace(config, contrastive=False)) > 0.98 * chance
