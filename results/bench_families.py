@@ -2,12 +2,14 @@
 
     python results/bench_families.py            both tables
     python results/bench_families.py NAME...    print these families only
+    python results/bench_families.py random     only the random policy's return on the test tasks of the point families
 
-Writes families_DEVICE.csv and family_physics_DEVICE.csv. Compile time is tracing, lowering and compiling of 20 steps of
-64 copies; rates are medians of 3. The random policy draws actions uniformly from [-1, 1]; returns are those of episodes
-of the published length, to their end. `deviation` of a physics is the largest difference of a joint position from C
-MuJoCo (float64, with the model's solver settings) 5 control steps after a start with random actions, the median over 16
-copies.
+Writes families_DEVICE.csv, family_physics_DEVICE.csv, and random_points.csv, which is what 0 means in normalised
+returns of cocoa.py: means of 200 episodes in each test task of a seed. Compile time is tracing, lowering and compiling
+of 20 steps of 64 copies; rates are medians of 3. The random policy draws actions uniformly from [-1, 1]; returns are
+those of episodes of the published length, to their end. `deviation` of a physics is the largest difference of a joint
+position from C MuJoCo (float64, with the model's solver settings) 5 control steps after a start with random actions,
+the median over 16 copies.
 """
 
 import csv
@@ -26,6 +28,7 @@ import mujoco
 import numpy as np
 
 import envs
+from algorithms import cocoa
 from envs import mjx_physics, spring
 from envs.mjx_physics import Physics, mjx
 from shared import run
@@ -82,6 +85,19 @@ def family(name: str) -> dict:
         "standard_error": f"{returns.std(ddof=1) / NUM_ENVS**0.5:.2f}",
         "episode_length": f"{np.asarray(alive).sum(axis=0).mean():.1f}",
     }
+
+
+def random_points(seed: int) -> dict:
+    """A random policy's mean return in the test tasks of a seed of cocoa.py."""
+    returns = {}
+    for name in ("point_goal", "sparse_point_goal"):
+        env = envs.make(name)
+        config = cocoa.Config(env=name, **run.recipe_for(name, cocoa.RECIPES))
+        tasks = jnp.tile(cocoa.init(config, env, jax.random.key(seed)).test_tasks, (200, 1))
+        start = cocoa.begin(env, tasks, jax.random.key(1000 + seed))
+        _, (rewards, *_) = play(env, start, jax.random.split(jax.random.key(2000 + seed), config.episode_length))
+        returns[f"{name}_return"] = f"{rewards.sum(axis=0).mean():.4f}"
+    return {"seed": seed, **returns}
 
 
 def generalized(env):
@@ -162,8 +178,8 @@ def reference(env, state, controls, i: int, substeps: int) -> np.ndarray:
 
 
 def write(table: str, rows: list[dict]) -> None:
-    with (HERE / f"{table}_{jax.default_backend()}.csv").open("w", newline="") as file:
-        file.write(f"# python results/bench_families.py; {FACTS}\n")
+    with (HERE / f"{table}.csv").open("w", newline="") as file:
+        file.write(f"# python {' '.join(['results/bench_families.py', *sys.argv[1:]])}; {FACTS}\n")
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -171,14 +187,19 @@ def write(table: str, rows: list[dict]) -> None:
 
 def main():
     print(FACTS, flush=True)
+    names, device = sys.argv[1:], jax.default_backend()
+    if names in ([], ["random"]):
+        write("random_points", [random_points(seed) for seed in range(3)])
+    if names == ["random"]:
+        return
     rows = []
-    for name in sys.argv[1:] or envs.FAMILIES:
+    for name in names or envs.FAMILIES:
         rows.append(family(name))
         print(rows[-1], flush=True)
         jax.clear_caches()
-    if not sys.argv[1:]:
-        write("families", rows)
-        write("family_physics", [row for name in BODIES for row in physics(name)])
+    if not names:
+        write(f"families_{device}", rows)
+        write(f"family_physics_{device}", [row for name in BODIES for row in physics(name)])
 
 
 if __name__ == "__main__":

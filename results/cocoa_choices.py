@@ -1,9 +1,9 @@
 """CoCOA's values that the thesis leaves open, one changed at a time: what each does to the embedding and to the return.
 
-    python results/cocoa_choices.py [FOLDER]    all runs (about 30 minutes on 2 cores), then cocoa_choices.csv and .png
-    python results/cocoa_choices.py draw        the figure from the CSV
+    python results/cocoa_choices.py [FOLDER]    all runs (about 30 minutes on 2 cores), then cocoa_choices.csv
+    python results/figures.py                   the figure
 
-Runs go to FOLDER (runs/cocoa_choices); those that are there already are gone on with, or kept. The setting is PEARL's own
+Runs go to FOLDER (runs/cocoa_choices); those that are there already are gone on with, or kept. The setting is PEARL's
 data schedule for the point robot, where contexts hold prior episodes only: PEARL's embedding is imperfect there.
 """
 
@@ -12,9 +12,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-
-import matplotlib
-import numpy as np
 
 HERE = Path(__file__).parent
 SCRIPT = "algorithms/cocoa.py"
@@ -39,13 +36,7 @@ CHOICES = {
     "wasserstein / 1": "--similarity wasserstein --temperature 1",
     "bilinear / 1": "--similarity bilinear --temperature 1",
 }
-METRICS = {
-    "eval/probe_r2": "variance of held-out goals that a linear probe explains",
-    "eval/return_adapted": "return on held-out goals, adapted",
-    "train/contrastive_accuracy": "queries whose own key is nearest",
-    "train/logit_range": "range of logits",
-}
-DRAWN = list(METRICS)[:2]
+METRICS = ("eval/probe_r2", "eval/return_adapted", "train/contrastive_accuracy", "train/kl", "train/logit_range")
 
 
 def measure(name: str, flags: str, folder: Path) -> list[dict]:
@@ -61,30 +52,6 @@ def measure(name: str, flags: str, folder: Path) -> list[dict]:
     return [{"choice": name, "seed": row["seed"], **{key: row.get(key, "") for key in METRICS}} for row in last]
 
 
-def draw() -> None:
-    """A point a seed, a bar at the mean; the line is PEARL's mean."""
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    with (HERE / "cocoa_choices.csv").open() as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
-    figure, axes = pyplot.subplots(1, len(DRAWN), figsize=(10, 5), sharey=True, layout="constrained")
-    names = list(dict.fromkeys(row["choice"] for row in rows))
-    for axis, metric in zip(axes, DRAWN):
-        for height, name in enumerate(names):
-            values = np.array([float(row[metric]) for row in rows if row["choice"] == name])
-            axis.plot(values, np.full(len(values), height), "o", color="tab:blue", alpha=0.4, markersize=4)
-            axis.plot(values.mean(), height, "|", color="black", markersize=14)
-            if name == "PEARL":
-                axis.axvline(values.mean(), color="grey", linewidth=1)
-        axis.set_title(METRICS[metric], fontsize=10)
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    figure.savefig(HERE / "cocoa_choices.png", dpi=100, metadata={"Software": None})
-    pyplot.close(figure)
-
-
 def main(parent: str = "runs/cocoa_choices") -> None:
     rows, made = [], {}
     for name, flags in CHOICES.items():
@@ -97,8 +64,7 @@ def main(parent: str = "runs/cocoa_choices") -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    draw()
 
 
 if __name__ == "__main__":
-    draw() if sys.argv[1:] == ["draw"] else main(*sys.argv[1:])
+    main(*sys.argv[1:])
