@@ -54,7 +54,6 @@ RECIPES = {
         batch_size=32,
         context_size=40,
         temperature=100.0,
-        window=10,
         latent_size=8,
         discount=0.9,
         reward_scale=20.0,
@@ -70,14 +69,19 @@ RECIPES = {
         eval_every=10_000,
         checkpoint_every=20_000,
     ),
-    "sparse_point_goal": dict(exploration_episodes=5, eval_episodes=20, kl_weight=1.0),
+    "sparse_point_goal": dict(exploration_episodes=5, eval_episodes=20, kl_weight=1.0, contrastive_kl_weight=1.0),
     "half_cheetah_dir": dict(
         total_env_steps=5_004_000, initial_steps=2000, prior_steps=1000, extra_steps=1000, **ONE_WAY
     ),
     "half_cheetah_vel": dict(total_env_steps=2_700_000, context_size=100),
     "ant_dir": dict(total_env_steps=2_504_000, updates_per_iteration=4000, **ONE_WAY),
     "ant_goal": dict(
-        total_env_steps=2_800_000, meta_batch=10, updates_per_iteration=4000, context_size=256, kl_weight=1.0
+        total_env_steps=2_800_000,
+        meta_batch=10,
+        updates_per_iteration=4000,
+        context_size=256,
+        kl_weight=1.0,
+        contrastive_kl_weight=1.0,
     ),
     "humanoid_dir": dict(total_env_steps=2_700_000, updates_per_iteration=4000, context_size=256),
     "walker_params": dict(
@@ -94,7 +98,7 @@ RECIPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Defaults are PEARL's and the thesis', unless a field says otherwise."""
+    """Defaults are PEARL's, and the thesis' where it gives a value; the others are ours (algorithms/cocoa.md)."""
 
     env: str = "point_goal"
     """Task family to meta-train on: one of envs.FAMILIES."""
@@ -138,7 +142,7 @@ class Config:
     next_observation_in_context: bool = False
     """Transitions in the context include the next observation."""
     contrastive: bool = True
-    """CoCOA's loss on the encoder. Without, this is PEARL, and the next seven flags have no effect."""
+    """CoCOA's loss on the encoder. Without, this is PEARL, and the next eight flags have no effect."""
     contrastive_weight: float = 1.0
     """Weight of the contrastive loss."""
     contrastive_kl_weight: float = 0.1
@@ -147,7 +151,7 @@ class Config:
     """Of two embeddings: the thesis' form, the whole Bhattacharyya distance, a learned product of means, or the
     2-Wasserstein distance."""
     temperature: float = 1.0
-    """Divides the similarities."""
+    """Divides the similarities; what suits one form does not suit another."""
     num_trajectories: int = 16
     """Trajectories in a contrastive batch, rounded up to as many for each task of the meta-batch."""
     window: int | None = None
@@ -185,7 +189,8 @@ class Config:
     checkpoint_every: int = 500_000
     """Environment steps between checkpoints; the beginning and the end always have one."""
     probe: bool = False
-    """At each evaluation, also read the task from the embedding by a linear map fitted on train tasks."""
+    """At each evaluation, also read the task from the embedding by a linear map fitted on train tasks (no effect with
+    the oracle)."""
     matmul_precision: Literal["default", "float32", "tensorfloat32", "bfloat16"] = "default"
     """JAX's precision of float32 matrix products; default is float32 on a CPU, and may be less on a GPU."""
     run_dir: str = ""
@@ -219,16 +224,16 @@ def check(config: Config, family: TaskFamily) -> None:
     need(0 <= config.final_lr_fraction <= 1, f"final_lr_fraction is {config.final_lr_fraction}; it lies in [0, 1]")
     need(0 < config.target_rate <= 1, f"target_rate is {config.target_rate}; it lies in (0, 1]")
     need(
-        1 <= config.exploration_episodes < config.eval_episodes,
+        config.context == "oracle" or 1 <= config.exploration_episodes < config.eval_episodes,
         f"exploration_episodes is {config.exploration_episodes}; it lies in 1 to eval_episodes - 1 "
         f"({config.eval_episodes - 1})",
     )
     need(
-        1 <= window(config) <= config.episode_length,
+        not contrasts(config) or 1 <= window(config) <= config.episode_length,
         f"window is {window(config)}; it lies in 1 to episode_length ({config.episode_length}), the longest trajectory",
     )
     need(
-        config.num_trajectories >= 2,
+        not contrasts(config) or config.num_trajectories >= 2,
         f"num_trajectories is {config.num_trajectories}; a trajectory is told from others, so it is at least 2",
     )
     for name, number in zip(("num_train_tasks", "num_test_tasks"), num_tasks(config, family)):
@@ -237,16 +242,17 @@ def check(config: Config, family: TaskFamily) -> None:
         jax.eval_shape(lambda: family.tasks(jax.random.key(0), *num_tasks(config, family)))
     except ValueError as error:
         raise run.UserError(str(error)) from None
-    need(
-        config.negatives == "all" or num_tasks(config, family)[0] >= 2,
-        "num_train_tasks is 1; --negatives=other_tasks needs at least 2",
-    )
-    train_tasks, needed = num_tasks(config, family)[0], max(initial_steps(config), most_in_an_iteration(config, family))
+    train_tasks = num_tasks(config, family)[0]
+    for name, number in (("num_train_tasks", train_tasks), ("meta_batch", config.meta_batch)):
+        need(
+            not contrasts(config) or config.negatives == "all" or number >= 2,
+            f"{name} is {number}; --negatives=other_tasks needs at least 2",
+        )
+    needed = max(initial_steps(config), most_in_an_iteration(config, family))
     need(
         capacity(config, family) >= needed,
         f"replay_size is {config.replay_size}, {capacity(config, family)} rows for each of {train_tasks} train tasks; "
-        f"each needs {needed}: make it {train_tasks * needed} or more, or num_train_tasks at most "
-        f"{config.replay_size // needed}",
+        f"each needs {needed}: make it {train_tasks * needed} or more, or take fewer tasks",
     )
     first = first_steps(config, family)
     need(
@@ -499,16 +505,19 @@ class Batch(NamedTuple):
     """Query and key."""
     crop_valid: Bool[Array, "trajectories window"] | None
     crop_task: Int[Array, " trajectories"] | None
+    crop_episode: Int[Array, " trajectories"] | None
+    """Of the task's episodes, which."""
 
 
 def contrastive_loss(model: Model, key_encoder: MLP, batch: Batch, config: Config) -> tuple[Float[Array, ""], dict]:
     """CoCOA's part of the encoder's loss: InfoNCE of queries and keys, and the queries' mean divergence from the
-    prior, without which embeddings drift apart without bound."""
+    prior, which the thesis adds because embeddings would drift apart without bound."""
     query = embed(model.encoder, batch.crops[0], batch.crop_valid)
     key = jax.lax.stop_gradient(embed(key_encoder, batch.crops[1], batch.crop_valid))
     logits = similarity(query, key, config.similarity, model.bilinear) / config.temperature
     same_task = batch.crop_task[:, None] == batch.crop_task
-    loss, accuracy = info_nce(logits, same_task & (config.negatives == "other_tasks"))
+    same_episode = same_task & (batch.crop_episode[:, None] == batch.crop_episode)
+    loss, accuracy = info_nce(logits, same_task if config.negatives == "other_tasks" else same_episode)
     divergence = kl_from_prior(query).mean()
     info = {
         "train/contrastive_loss": loss,
@@ -749,10 +758,10 @@ def sample(config: Config, state: TrainState, key: Key[Array, ""]) -> Batch:
     rows = buffer.sample_rows(state.replay, task, row_key, config.batch_size)
     context = transition(config, buffer.sample_context(state.replay, task, context_key, config.context_size))
     if not contrasts(config):
-        return Batch(task, rows, context, None, None, None)
+        return Batch(task, rows, context, None, None, None, None)
     crop_task = jnp.repeat(task, math.ceil(config.num_trajectories / config.meta_batch))
-    crops, valid = buffer.sample_crops(state.replay, crop_task, crop_key, window(config))
-    return Batch(task, rows, context, transition(config, crops), valid, crop_task)
+    crops, valid, episode = buffer.sample_crops(state.replay, crop_task, crop_key, window(config))
+    return Batch(task, rows, context, transition(config, crops), valid, crop_task, episode)
 
 
 def update(config: Config, family: TaskFamily, state: TrainState, key: Key[Array, ""]) -> tuple[TrainState, dict]:
@@ -888,7 +897,7 @@ def probe(
     test_x: Float[Array, "test latent"],
     test_y: Float[Array, "test oracle"],
 ) -> Float[Array, ""]:
-    """R^2 on test tasks of the linear map, fitted on train tasks by least squares, from embeddings to tasks."""
+    """R^2 on test tasks of a linear map from embeddings to tasks: ridge regression on standardised train embeddings."""
     centre, spread = train_x.mean(axis=0), train_x.std(axis=0) + 1e-6
     inputs = lambda x: jnp.concatenate([(x - centre) / spread, jnp.ones((len(x), 1))], axis=1)
     x = inputs(train_x)
@@ -904,16 +913,21 @@ FILM_TASKS = 6
 
 
 def draw_embedding(belief: Gaussian, facts: Float[np.ndarray, "tasks oracle"], title: str, path) -> None:
-    """Embeddings of tasks on their first two principal components, coloured by (the first two numbers of) the task."""
+    """Embeddings of tasks on their first two principal components, coloured by the task: of its numbers, by the two
+    that are most nearly linear in the embedding."""
     from matplotlib import pyplot
 
     centred = np.asarray(belief.mean) - np.mean(belief.mean, axis=0)
-    _, spread, components = np.linalg.svd(centred, full_matrices=False)
+    left, spread, components = np.linalg.svd(centred, full_matrices=False)
     x = centred @ components[:2].T
     x = np.pad(x, ((0, 0), (0, 2 - x.shape[1])))
     share = np.sum(spread[:2] ** 2) / np.sum(spread**2)
+    if facts.shape[1] > 2:
+        apart = facts - facts.mean(axis=0)
+        explained = np.sum((left.T @ apart) ** 2, axis=0) / (np.sum(apart**2, axis=0) + 1e-9)
+        facts = facts[:, np.argsort(-explained)[:2]]
     scaled = (facts - facts.min(axis=0)) / (np.ptp(facts, axis=0) + 1e-9)
-    one, two = scaled[:, 0], scaled[:, min(1, facts.shape[1] - 1)]
+    one, two = scaled[:, 0], scaled[:, -1]
     colours = pyplot.get_cmap("viridis")(one) if facts.shape[1] == 1 else np.stack([one, 0 * one + 0.2, two], axis=1)
     figure, (embeddings, tasks) = pyplot.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     embeddings.scatter(*x.T, c=colours, s=25)
@@ -953,7 +967,7 @@ def draw(config: Config, family: TaskFamily, state: TrainState, log: run.Run) ->
 
 
 def make_family(config: Config) -> TaskFamily:
-    """The task family; UserError if the environment is none or cannot have so many tasks."""
+    """The task family; UserError if the environment is none."""
     try:
         family = envs.make(config.env, **run.parse_options(config.env_options))
     except ValueError as error:

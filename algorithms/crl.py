@@ -662,7 +662,8 @@ def make_envs(config: Config) -> tuple[Env, Env | None]:
     except ValueError as error:
         raise run.UserError(str(error)) from None
     if not env.goal_indices:
-        raise run.UserError(f"{config.env} has no goals to reach; its achievements are for ppo_ad.py")
+        script = "cocoa.py" if config.env in envs.FAMILIES else "ppo_ad.py"
+        raise run.UserError(f"{config.env} has no goals to reach; it is for {script}")
     if far and far.world != env.world:
         raise run.UserError(
             f"eval_env {far_name} has another robot, other walls or another time step than {config.env}"

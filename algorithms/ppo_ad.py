@@ -1304,7 +1304,8 @@ def make_env(config: Config) -> AchievementEnv:
         raise run.UserError(str(error)) from None
     if not isinstance(env, AchievementEnv):
         choice = ", ".join(envs.WITH_ACHIEVEMENTS)
-        raise run.UserError(f"{config.env} has no achievements to unlock; take one of {choice}, or run crl.py")
+        script = "cocoa.py" if config.env in envs.FAMILIES else "crl.py"
+        raise run.UserError(f"{config.env} has no achievements to unlock; take one of {choice}, or run {script}")
     if not env.in_jax and config.num_seeds > 1:
         raise run.UserError(f"num_seeds is {config.num_seeds}; {config.env} runs outside of JAX, so it is 1")
     return env

@@ -16,14 +16,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SCRIPT = "algorithms/cocoa.py"
 COMMON = (
-    "--num_seeds 3 --total_env_steps 40000 --num_test_tasks 100 --prior_steps 80 --posterior_steps 0 --extra_steps 40 "
-    "--exploration_episodes 3 --eval_episodes 4 --probe --eval_every 40000"
+    "--num_seeds 3 --total_env_steps 30000 --num_test_tasks 100 --prior_steps 80 --posterior_steps 0 --extra_steps 40 "
+    "--exploration_episodes 3 --eval_episodes 4 --probe --eval_every 30000"
 )
 CHOICES = {
     "PEARL": "--contrastive=false",
     "CoCOA": "",
     "window 3": "--window 3",
-    "window 6": "--window 6",
+    "window 12": "--window 12",
     "window 20": "--window 20",
     "weight 0.1": "--contrastive_weight 0.1",
     "weight 10": "--contrastive_weight 10",
@@ -32,10 +32,14 @@ CHOICES = {
     "momentum 0.999": "--momentum 0.999",
     "temperature 1": "--temperature 1",
     "temperature 10": "--temperature 10",
-    "bhattacharyya / 12.5": "--similarity bhattacharyya --temperature 12.5",
-    "wasserstein / 1": "--similarity wasserstein --temperature 1",
-    "bilinear / 1": "--similarity bilinear --temperature 1",
+    "query KL 0": "--contrastive_kl_weight 0",
+    "query KL 1.6": "--contrastive_kl_weight 1.6",
+    "bhattacharyya, temperature 12.5": "--similarity bhattacharyya --temperature 12.5",
+    "wasserstein, temperature 1": "--similarity wasserstein --temperature 1",
+    "bilinear, temperature 1": "--similarity bilinear --temperature 1",
+    "negatives of other tasks": "--negatives other_tasks",
 }
+"""CoCOA with the recipe's settings: window 6, weight 1, momentum 0.995, mahalanobis, temperature 100, query KL 0.1."""
 METRICS = ("eval/probe_r2", "eval/return_adapted", "train/contrastive_accuracy", "train/kl", "train/logit_range")
 
 
@@ -53,14 +57,15 @@ def measure(name: str, flags: str, folder: Path) -> list[dict]:
 
 
 def main(parent: str = "runs/cocoa_choices") -> None:
-    rows, made = [], {}
+    rows, facts = [], []
     for name, flags in CHOICES.items():
-        folder = Path(parent).resolve() / name.replace(" / ", "_").replace(" ", "_")
+        folder = Path(parent).resolve() / name.replace(",", "").replace(" ", "_")
         rows += measure(name, flags, folder)
         made = json.loads((folder / "config.json").read_text())
+        command = made["command"].split(" --run_dir")[0]
+        facts.append({"command": command, **{key: made[key] for key in ("commit", "versions", "device")}})
     with (HERE / "cocoa_choices.csv").open("w", newline="") as file:
-        facts = {"command": "python results/cocoa_choices.py"} | {k: made[k] for k in ("commit", "versions", "device")}
-        file.write(f"# {json.dumps(facts)}\n")
+        file.writelines(f"# {json.dumps(fact)}\n" for fact in facts)
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

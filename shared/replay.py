@@ -240,11 +240,12 @@ def sample_context(
 
 def sample_crops(
     replay: TaskReplay, task: Int[Array, " tasks"], key: Key[Array, ""], window: int
-) -> tuple[PyTree[Float[Array, "2 tasks window ..."]], Bool[Array, "tasks window"]]:
+) -> tuple[PyTree[Float[Array, "2 tasks window ..."]], Bool[Array, "tasks window"], Int[Array, " tasks"]]:
     """Two windows of `window` successive rows of one episode of each task's recent context, and which rows count.
 
     The episode is that of a uniform row: where all are equally long, a uniform episode. The starts of the windows are
-    uniform and independent, so that they may overlap. A shorter episode is a window itself, padded.
+    uniform and independent, so that they may overlap. An episode that is no longer than a window is both windows,
+    padded. Returns the number of each episode's first row too, which tells the episodes of a task apart.
     """
     row_key, offset_key = jax.random.split(key)
     row = _uniform(row_key, replay.context_start[task], replay.context_end[task], 1)[:, 0]
@@ -253,9 +254,10 @@ def sample_crops(
     width = jnp.minimum(window, length)
     offset = jax.random.randint(offset_key, (2, len(task)), 0, length - width + 1)
     index = jnp.arange(window)
-    number = (row - step + offset)[..., None] + jnp.minimum(index, width[:, None] - 1)
+    first = row - step
+    number = (first + offset)[..., None] + jnp.minimum(index, width[:, None] - 1)
     crops = jax.vmap(lambda number: _of_tasks(replay, task, number))(number)
-    return crops, index < width[:, None]
+    return crops, index < width[:, None], first
 
 
 def _uniform(key, start, end, size):

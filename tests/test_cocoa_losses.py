@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 import envs
 from algorithms import cocoa
@@ -177,7 +178,12 @@ def data(config, family, seed=0):
     # away from the first weights, where outputs are all but 0
     noisy = lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype)
     state = state._replace(agent=jax.tree.map(noisy, state.agent))
-    return state, jax.jit(lambda state: cocoa.sample(config, state, jax.random.key(seed + 1)))(state)
+    batch = jax.jit(lambda state: cocoa.sample(config, state, jax.random.key(seed + 1)))(state)
+    # here no point is paid otherwise in training, and none ends
+    shape = batch.rows.reward.shape
+    training_reward = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    terminated = jnp.asarray(rng.integers(2, size=shape), jnp.float32)
+    return state, batch._replace(rows=batch.rows._replace(training_reward=training_reward, terminated=terminated))
 
 
 def numpy_loss(config, agent, batch, noise, target_value=None):
@@ -216,14 +222,28 @@ def numpy_loss(config, agent, batch, noise, target_value=None):
     bilinear = None if model.bilinear is None else np.asarray(model.bilinear, float)
     cross_entropy = []
     for i in range(number):
-        logits = [numpy_similarity(query[i], key[j], config.similarity, bilinear) for j in range(number)]
-        logits = np.array(logits) / config.temperature
-        cross_entropy.append(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[i])
+        same_task = batch.crop_task == batch.crop_task[i]
+        same = same_task & (batch.crop_episode == batch.crop_episode[i])
+        others = [
+            j for j in range(number) if j == i or not (same_task if config.negatives == "other_tasks" else same)[j]
+        ]
+        logits = {
+            j: numpy_similarity(query[i], key[j], config.similarity, bilinear) / config.temperature for j in others
+        }
+        cross_entropy.append(special.logsumexp(list(logits.values())) - logits[i])
     loss += config.contrastive_weight * np.mean(cross_entropy)
     return loss + config.contrastive_kl_weight * np.mean([kl(*q) for q in query])
 
 
-@pytest.mark.parametrize("options", [{}, {"contrastive": False}, {"similarity": "bilinear", "temperature": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"contrastive": False},
+        {"similarity": "bilinear", "temperature": 0.5},
+        {"negatives": "other_tasks", "next_observation_in_context": True},
+    ],
+)
 def test_model_loss_and_its_gradient_equal_numpy_and_finite_differences(family, options):
     config = small(contrastive_weight=0.7, contrastive_kl_weight=0.3, **options)
     state, batch = data(config, family)
@@ -234,53 +254,27 @@ def test_model_loss_and_its_gradient_equal_numpy_and_finite_differences(family, 
         state.agent.model, state.agent, told, batch, key, config
     )
     np.testing.assert_allclose(loss, numpy_loss(config, state.agent, batch, noise), rtol=1e-4)
-    fixed = np.asarray(z, float).reshape(TASKS, -1, LATENT)[:, 0] if z.shape[0] != TASKS else np.asarray(z, float)
+    fixed = np.asarray(z, float).reshape(TASKS, -1, LATENT)[:, 0]
 
-    def moved(where, position, amount):
-        change = lambda x: np.asarray(x, float) + amount * (np.arange(x.size).reshape(x.shape) == position)
-        agent = state.agent._replace(model=where(state.agent.model, change))
-        return numpy_loss(config, agent, batch, noise, target_value=fixed)
+    def slope(where, position):
+        def moved(amount):
+            change = lambda x: np.asarray(x, float) + amount * (np.arange(x.size).reshape(x.shape) == position)
+            agent = state.agent._replace(model=eqx.tree_at(where, state.agent.model, replace_fn=change))
+            return numpy_loss(config, agent, batch, noise, target_value=fixed)
 
-    def of(name, layer):
-        def where(model, change):
-            network = getattr(model, name)
-            layers = list(network.layers)
-            layers[layer] = Plain(change(layers[layer].weight), np.asarray(layers[layer].bias, float))
-            return model._replace(**{name: Layers(tuple(layers))})
+        return (moved(1e-5) - moved(-1e-5)) / 2e-5
 
-        return where
-
-    for name, layer, position in (("encoder", 0, 3), ("encoder", 3, 11), ("critics", 1, 70), ("critics", 3, 9)):
-        slope = (moved(of(name, layer), position, 1e-5) - moved(of(name, layer), position, -1e-5)) / 2e-5
-        ours = getattr(gradient, name).layers[layer].weight.reshape(-1)[position]
-        np.testing.assert_allclose(ours, slope, rtol=2e-3, atol=1e-5)
-
-
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass
-class Plain:
-    weight: np.ndarray
-    bias: np.ndarray
-
-    def tree_flatten(self):
-        return (self.weight, self.bias), None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
-
-
-@jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass
-class Layers:
-    layers: tuple
-
-    def tree_flatten(self):
-        return (self.layers,), None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
+    weights = [
+        (lambda model: model.encoder.layers[0].weight, 3),
+        (lambda model: model.encoder.layers[3].weight, 11),
+        (lambda model: model.critics.layers[1].weight, 70),
+        (lambda model: model.critics.layers[3].weight, 9),
+    ]
+    if config.similarity == "bilinear":
+        weights.append((lambda model: model.bilinear, 6))
+    for where, position in weights:
+        ours = where(gradient).reshape(-1)[position]
+        np.testing.assert_allclose(ours, slope(where, position), rtol=2e-3, atol=1e-5)
 
 
 def test_policy_and_value_losses_equal_numpy(family):
@@ -338,7 +332,7 @@ def test_which_loss_reaches_which_network(family):
 
 
 def test_one_update_is_adam_on_each_loss_in_turn(family):
-    config = small()
+    config = small(momentum=0.5, target_rate=0.5)
     state, _ = data(config, family)
     key = jax.random.key(9)
     after, _ = jax.jit(lambda s: cocoa.update(config, family, s, key))(state)
@@ -362,7 +356,7 @@ def test_one_update_is_adam_on_each_loss_in_turn(family):
     target = mixed(config.target_rate, agent.target_value, value)
     key_encoder = mixed(1 - config.momentum, agent.key_encoder, model.encoder)
     expected = cocoa.Agent(model, policy, value, target, key_encoder)
-    compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * config.learning_rate)
     jax.tree.map(compare, after.agent, expected)
 
 

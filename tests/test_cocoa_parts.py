@@ -216,6 +216,22 @@ def test_evaluation_scores_the_first_and_the_last_episode(family, monkeypatch):
     np.testing.assert_array_equal(seen[0], [7, 8, 12, 7, 8, 12])
 
 
+@pytest.mark.parametrize(("shift", "lowest", "highest"), [(0, 0.99, 1.0), (1, -1e3, 0.5)])
+def test_the_probe_is_fitted_on_train_tasks_and_scored_on_test_tasks(family, monkeypatch, shift, lowest, highest):
+    """With embeddings that are the task, in another place for test tasks if shifted."""
+
+    def adapt(config, family, agent, tasks, key):
+        known = tasks + shift * 10.0 * (tasks >= 13)
+        return jnp.zeros((3, len(tasks))), cocoa.Gaussian(known @ jnp.array([[1.0, -2.0]]), jnp.ones((len(tasks), 2)))
+
+    monkeypatch.setattr(cocoa, "adapt", adapt)
+    config = small(eval_repeats=3, probe=True)
+    agent = cocoa.make_agent(config, family, jax.random.key(0))
+    train, test = family.tasks(jax.random.key(0), 6, 4)
+    info = cocoa.evaluate(config, family, agent, train, test, jax.random.key(0))
+    assert lowest <= float(info["eval/probe_r2"]) <= highest
+
+
 def test_the_oracle_is_told_the_task(family, monkeypatch):
     monkeypatch.setattr(cocoa, "act", lambda policy, observation, z: Echo(z))
     config = small(context="oracle", eval_repeats=2)
@@ -278,6 +294,7 @@ def test_recipes_are_those_of_the_fact_sheet():
         assert tuple(getattr(config, name) for name in names.split()) == expected, env
         common = config.episode_length, config.batch_size, config.reward_scale, config.discount, config.target_rate
         assert common == (200, 256, 5.0, 0.99, 0.005)
+        assert config.contrastive_kl_weight == config.kl_weight
         assert (config.exploration_episodes, config.eval_episodes, config.latent_size) == (2, 3, 5)
         assert (config.width, config.encoder_width, config.learning_rate) == (300, 200, 3e-4)
         steps = cocoa.num_tasks(config, envs.make(env))[0] * cocoa.initial_steps(config)

@@ -1,6 +1,7 @@
 """Task families: rewards and observations against NumPy on C MuJoCo's states, distributions of tasks, physics."""
 
 import copy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,12 @@ def test_64_copies_are_reset_and_stepped(rollout):
     np.testing.assert_array_equal(
         rollout.states.goal, np.broadcast_to(rollout.states.goal[0], rollout.states.goal.shape)
     )
+
+
+def test_films_are_one_page_that_needs_no_network(rollout, tmp_path):
+    film = jax.tree.map(lambda x: x[:2, :2].swapaxes(0, 1), rollout.states)
+    page = Path(rollout.env.render(film, str(tmp_path / "film"))).read_text()
+    assert rollout.env.name in page and "http" not in page and page.count('"link":') > 1
 
 
 def numpy_observation(env, data, action):

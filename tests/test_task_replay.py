@@ -84,8 +84,9 @@ def test_rows_are_uniform_over_what_is_held_and_context_over_the_recent():
 def test_crops_lie_in_one_episode_and_have_the_stated_law(window):
     replay, lists = filled(5, seed=1)
     task, draws = 1, 20_000
-    crops, valid = buffer.sample_crops(replay, jnp.full(draws, task), jax.random.key(2), window)
-    crops, valid = np.asarray(crops), np.asarray(valid)
+    crops, valid, episode = jax.device_get(
+        buffer.sample_crops(replay, jnp.full(draws, task), jax.random.key(2), window)
+    )
     rows = lists.rows[task]
     number_of = {float(value): number for number, (value, _) in enumerate(rows)}
     expected = Counter()
@@ -104,8 +105,8 @@ def test_crops_lie_in_one_episode_and_have_the_stated_law(window):
             assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
             assert {rows[n][1] for n in numbers} == {rows[numbers[0]][1]}, "a crop crosses the end of an episode"
             starts.append(numbers[0])
-        fellows = sum(episode == rows[starts[0]][1] for _, episode in rows)
-        assert valid[i].sum() == min(window, fellows)
+        fellows = [n for n, (_, name) in enumerate(rows) if name == rows[starts[0]][1]]
+        assert valid[i].sum() == min(window, len(fellows)) and episode[i] == fellows[0]
         counts[tuple(starts)] += 1
     assert set(counts) <= set(expected)
     names = [name for name in expected if expected[name] * draws >= 5]
