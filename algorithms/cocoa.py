@@ -69,7 +69,7 @@ RECIPES = {
         eval_every=10_000,
         checkpoint_every=20_000,
     ),
-    "sparse_point_goal": dict(exploration_episodes=5, eval_episodes=20, kl_weight=1.0, contrastive_kl_weight=1.0),
+    "sparse_point_goal": dict(exploration_episodes=5, eval_episodes=20),
     "half_cheetah_dir": dict(
         total_env_steps=5_004_000, initial_steps=2000, prior_steps=1000, extra_steps=1000, **ONE_WAY
     ),

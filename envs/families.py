@@ -171,8 +171,8 @@ class AntDir(AntFamily):
     """Run in a direction.
 
     Args:
-      forward_backward: the two tasks are the directions 0 and pi. Without, as in PEARL's shipped configuration, they
-        are drawn from all directions.
+      forward_backward: the two tasks are the directions 0 and pi. Without, train and test tasks are drawn from all
+        directions (PEARL's shipped configuration does so, for two tasks that it both trains and tests on).
     """
 
     name = "ant_dir"

@@ -189,7 +189,7 @@ def main():
     print(FACTS, flush=True)
     names, device = sys.argv[1:], jax.default_backend()
     if names in ([], ["random"]):
-        write("random_points", [random_points(seed) for seed in range(3)])
+        write("random_points", [random_points(seed) for seed in range(5)])
     if names == ["random"]:
         return
     rows = []
