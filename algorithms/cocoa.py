@@ -910,6 +910,7 @@ def probe(
 # ---- pictures -----------------------------------------------------------------------------------------------------
 
 FILM_TASKS = 6
+EMBEDDINGS = 100
 
 
 def draw_embedding(belief: Gaussian, facts: Float[np.ndarray, "tasks oracle"], title: str, path) -> None:
@@ -952,9 +953,9 @@ def draw(config: Config, family: TaskFamily, state: TrainState, log: run.Run) ->
     facts = jax.vmap(family.oracle)(tasks)
     z = facts
     if config.context == "encoder":
-        again = jnp.tile(tasks, (10, 1))
-        _, belief = jax.jit(partial(adapt, config, family))(agent, again, adapt_key)
-        draw_embedding(belief, np.tile(facts, (10, 1)), config.env, log.folder / "embedding.png")
+        repeats = max(1, EMBEDDINGS // len(tasks))
+        _, belief = jax.jit(partial(adapt, config, family))(agent, jnp.tile(tasks, (repeats, 1)), adapt_key)
+        draw_embedding(belief, np.tile(facts, (repeats, 1)), config.env, log.folder / "embedding.png")
         log.print(f"embedding       {log.folder / 'embedding.png'}")
         z = belief.sample(z_key)[: len(tasks)]
     start = begin(family, tasks[:FILM_TASKS], start_key)

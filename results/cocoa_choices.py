@@ -1,6 +1,6 @@
 """CoCOA's values that the thesis leaves open, one changed at a time: what each does to the embedding and to the return.
 
-    python results/cocoa_choices.py [FOLDER]    all runs (about 30 minutes on 2 cores), then cocoa_choices.csv
+    python results/cocoa_choices.py [FOLDER]    all runs (about 20 minutes on 2 cores), then cocoa_choices.csv
     python results/figures.py                   the figure
 
 Runs go to FOLDER (runs/cocoa_choices); those that are there already are gone on with, or kept. The setting is PEARL's
@@ -23,12 +23,9 @@ CHOICES = {
     "PEARL": "--contrastive=false",
     "CoCOA": "",
     "window 3": "--window 3",
-    "window 12": "--window 12",
     "window 20": "--window 20",
-    "weight 0.1": "--contrastive_weight 0.1",
     "weight 10": "--contrastive_weight 10",
     "momentum 0": "--momentum 0",
-    "momentum 0.95": "--momentum 0.95",
     "momentum 0.999": "--momentum 0.999",
     "temperature 1": "--temperature 1",
     "temperature 10": "--temperature 10",
@@ -37,7 +34,6 @@ CHOICES = {
     "bhattacharyya, temperature 12.5": "--similarity bhattacharyya --temperature 12.5",
     "wasserstein, temperature 1": "--similarity wasserstein --temperature 1",
     "bilinear, temperature 1": "--similarity bilinear --temperature 1",
-    "negatives of other tasks": "--negatives other_tasks",
 }
 """CoCOA with the recipe's settings: window 6, weight 1, momentum 0.995, mahalanobis, temperature 100, query KL 0.1."""
 METRICS = ("eval/probe_r2", "eval/return_adapted", "train/contrastive_accuracy", "train/kl", "train/logit_range")

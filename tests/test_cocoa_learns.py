@@ -119,7 +119,7 @@ def test_an_agent_finds_held_out_goals_after_it_has_met_them():
     """0 is a random policy and 1 the best one, which goes straight at the goal (an agent that is told the goals has
     0.97). Measured: METRICS."""
     family = PointGoal()
-    config = cocoa.Config(**{**cocoa.RECIPES["*point_goal"], "total_env_steps": 40_000, "eval_repeats": 20})
+    config = cocoa.Config(**{**cocoa.RECIPES["*point_goal"], "total_env_steps": 30_000, "eval_repeats": 20})
     state = trained(config, family)
     key = jax.random.key(3)
     info = jax.jit(partial(cocoa.evaluate, config, family))(state.agent, state.train_tasks, state.test_tasks, key)
