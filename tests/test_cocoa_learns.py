@@ -116,8 +116,11 @@ def returns_of(policy, starts, goals, steps=20):
 
 @pytest.mark.slow
 def test_an_agent_finds_held_out_goals_after_it_has_met_them():
-    """0 is a random policy and 1 the best one, which goes straight at the goal (an agent that is told the goals has
-    0.97). Measured: METRICS."""
+    """0 is a random policy and 1 the best one, which goes straight at the goal.
+
+    Measured: 0.84 adapted, 0.26 before (the whole run of an agent that is told the goals: 0.99). PEARL passes too: what
+    the contrastive loss is for is tested above.
+    """
     family = PointGoal()
     config = cocoa.Config(**{**cocoa.RECIPES["*point_goal"], "total_env_steps": 30_000, "eval_repeats": 20})
     state = trained(config, family)
@@ -130,6 +133,6 @@ def test_an_agent_finds_held_out_goals_after_it_has_met_them():
     best = returns_of(lambda position, goal: goal - position, starts, goals)
     worst = returns_of(lambda position, goal: rng.uniform(-0.1, 0.1, position.shape), starts, goals)
     score = {name: (float(value) - worst) / (best - worst) for name, value in info.items()}
-    print(score, worst, best)
+    print(score)
     assert score["eval/return_adapted"] > 0.7
     assert score["eval/return_prior"] < 0.4
