@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +45,30 @@ class Script:
         Returns what it printed, what it printed as errors, and its exit code.
         """
         return self.interfered(lambda process: process.send_signal(number), folder, flags, cwd, rows, env)
+
+    def check_kills(self, reference, cache, shares):
+        """Kills a run at these shares of its rows, resuming in between: it ends with the metrics of the reference (a
+        folder with a run `whole`, its flags, anything)."""
+        folder, flags, _ = reference
+        killed, total = folder / "killed", len(metrics(folder / "whole"))
+        for i, share in enumerate(shares):
+            again = [f"--resume={killed}"] if i else [*flags, f"--run_dir={killed}"]
+            *_, code = self.signalled(signal.SIGKILL, killed, again, folder, total * share, cache)
+            assert code == -signal.SIGKILL and len(metrics(killed)) < total
+        self.run(f"--resume={killed}", cwd=folder)  # compiled anew, as after a reboot
+        assert metrics(killed) == metrics(folder / "whole")
+
+    def check_stop(self, reference, cache, number):
+        """A run that is sent this signal saves, says how to go on, and then ends with the metrics of the reference."""
+        folder, flags, _ = reference
+        stopped = folder / f"stopped-{number}"
+        out, _, code = self.signalled(number, stopped, [*flags, f"--run_dir={stopped}"], folder, 20, cache)
+        assert code == 128 + number
+        assert f"--resume {stopped}" in out and out.splitlines()[-1] == str(stopped)
+        saved = max(int(path.stem) for path in (stopped / "checkpoints").glob("*.eqx"))
+        assert saved == int(metrics(stopped)[-1]["env_steps"]), "nothing that was trained is lost"
+        self.run(f"--resume={stopped}", cwd=folder, env=cache)
+        assert metrics(stopped) == metrics(folder / "whole")
 
     def interfered(self, interfere, folder, flags, cwd, rows, env):
         """The same with `interfere(process)` instead of a signal."""

@@ -68,26 +68,11 @@ def test_metrics_are_those_of_two_different_seeds(reference):
 
 
 def test_killed_twice_and_resumed_it_ends_with_the_same_metrics(reference, cache):
-    folder, flags, _ = reference
-    killed, total = folder / "killed", len(metrics(folder / "whole"))
-    *_, code = SCRIPT.signalled(signal.SIGKILL, killed, [*flags, f"--run_dir={killed}"], folder, total * 0.2, cache)
-    assert code == -signal.SIGKILL
-    *_, code = SCRIPT.signalled(signal.SIGKILL, killed, [f"--resume={killed}"], folder, total * 0.5, cache)
-    assert code == -signal.SIGKILL and len(metrics(killed)) < total
-    SCRIPT.run(f"--resume={killed}", cwd=folder)  # compiled anew, as after a reboot
-    assert metrics(killed) == metrics(folder / "whole")
+    SCRIPT.check_kills(reference, cache, shares=(0.2, 0.5))
 
 
 def test_a_stopped_run_saves_says_how_to_resume_and_goes_on(reference, cache):
-    folder, flags, _ = reference
-    stopped = folder / "stopped"
-    out, _, code = SCRIPT.signalled(signal.SIGINT, stopped, [*flags, f"--run_dir={stopped}"], folder, 20, cache)
-    assert code == 128 + signal.SIGINT
-    assert f"--resume {stopped}" in out and out.splitlines()[-1] == str(stopped)
-    saved = max(int(path.stem) for path in (stopped / "checkpoints").glob("*.eqx"))
-    assert saved == int(metrics(stopped)[-1]["env_steps"]), "nothing that was trained is lost"
-    SCRIPT.run(f"--resume={stopped}", cwd=folder, env=cache)
-    assert metrics(stopped) == metrics(folder / "whole")
+    SCRIPT.check_stop(reference, cache, signal.SIGINT)
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, cache):

@@ -61,30 +61,12 @@ def test_same_seed_gives_the_same_metrics(reference):
 
 
 def test_killed_three_times_and_resumed_it_ends_with_the_same_metrics(reference, cache):
-    folder, flags, _ = reference
-    killed = folder / "killed"
-    total = len(metrics(folder / "whole"))
-    *_, code = start_and_signal(signal.SIGKILL, killed, [*flags, f"--run_dir={killed}"], folder, total * 0.2, cache)
-    assert code == -signal.SIGKILL
-    for share in (0.45, 0.7):
-        *_, code = start_and_signal(signal.SIGKILL, killed, [f"--resume={killed}"], folder, total * share, cache)
-        assert code == -signal.SIGKILL
-    assert len(metrics(killed)) < total
-    run_to_end(f"--resume={killed}", cwd=folder)  # compiled anew, as after a reboot
-    assert metrics(killed) == metrics(folder / "whole")
+    SCRIPT.check_kills(reference, cache, shares=(0.2, 0.45, 0.7))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_says_how_to_resume_and_goes_on(reference, cache, number):
-    folder, flags, _ = reference
-    stopped = folder / f"stopped-{number}"
-    out, _, code = start_and_signal(number, stopped, [*flags, f"--run_dir={stopped}"], folder, 20, cache)
-    assert code == 128 + number
-    assert f"--resume {stopped}" in out and out.splitlines()[-1] == str(stopped)
-    saved = max(int(path.stem) for path in (stopped / "checkpoints").glob("*.eqx"))
-    assert saved == int(metrics(stopped)[-1]["env_steps"]), "nothing that was trained is lost"
-    run_to_end(f"--resume={stopped}", cwd=folder, env=cache)
-    assert metrics(stopped) == metrics(folder / "whole")
+    SCRIPT.check_stop(reference, cache, number)
 
 
 def test_without_the_replay_in_its_checkpoint_a_run_refills_it_and_says_so(reference, cache):
