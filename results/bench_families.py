@@ -1,4 +1,4 @@
-"""Task families: compile seconds, steps per second, returns at random; and which physics. About 15 minutes on 2 cores.
+"""Task families: compile seconds, steps per second, returns at random; and which physics. About 6 minutes on 2 cores.
 
     python results/bench_families.py            both tables
     python results/bench_families.py NAME...    print these families only
