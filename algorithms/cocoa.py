@@ -10,7 +10,7 @@ from the prior, then acts with z from the posterior. The encoder learns from the
 bottleneck. CoCOA adds a contrastive loss to it: two crops of one trajectory shall be embedded alike, and unlike those
 of other trajectories.
 
-    python algorithms/cocoa.py                                     a point finds goals it is not told (4 minutes)
+    python algorithms/cocoa.py                                     a point finds goals it is not told (a minute)
     python algorithms/cocoa.py --contrastive=false                 PEARL on it
     python algorithms/cocoa.py --context=oracle                    the same agent told the task: the upper bound
     python algorithms/cocoa.py --env half_cheetah_vel              PEARL's networks and budget (for a GPU)
