@@ -159,7 +159,7 @@ class Config:
     momentum: float = 0.995
     """Of the key encoder, which follows the encoder: 0 is the encoder itself. The thesis gives no value."""
     negatives: Literal["all", "other_tasks"] = "all"
-    """Crops that the key is told from: those of all other trajectories, or only those of other tasks."""
+    """Keys that a query is told from: those of all other trajectories, or only those of other tasks."""
     latent_size: int = 5
     """Length of z."""
     kl_weight: float = 0.1
@@ -495,28 +495,34 @@ def info_nce(
     return -jnp.mean(log_probs), jnp.mean(jnp.argmax(logits, axis=1) == jnp.arange(len(logits)))
 
 
+class Crops(NamedTuple):
+    """Two windows of each of some trajectories."""
+
+    rows: Float[Array, "2 trajectories window transition"]
+    """Query and key."""
+    valid: Bool[Array, "trajectories window"]
+    task: Int[Array, " trajectories"]
+    episode: Int[Array, " trajectories"]
+    """Of the task's episodes, which."""
+
+
 class Batch(NamedTuple):
     """Data for one gradient step; flattened rows are those of the tasks in turn."""
 
     task: Int[Array, " tasks"]
     rows: "Row"  # (tasks, batch, ...)
     context: Float[Array, "tasks rows transition"]
-    crops: Float[Array, "2 trajectories window transition"] | None
-    """Query and key."""
-    crop_valid: Bool[Array, "trajectories window"] | None
-    crop_task: Int[Array, " trajectories"] | None
-    crop_episode: Int[Array, " trajectories"] | None
-    """Of the task's episodes, which."""
+    crops: Crops | None
 
 
-def contrastive_loss(model: Model, key_encoder: MLP, batch: Batch, config: Config) -> tuple[Float[Array, ""], dict]:
+def contrastive_loss(model: Model, key_encoder: MLP, crops: Crops, config: Config) -> tuple[Float[Array, ""], dict]:
     """CoCOA's part of the encoder's loss: InfoNCE of queries and keys, and the queries' mean divergence from the
     prior, which the thesis adds because embeddings would drift apart without bound."""
-    query = embed(model.encoder, batch.crops[0], batch.crop_valid)
-    key = jax.lax.stop_gradient(embed(key_encoder, batch.crops[1], batch.crop_valid))
+    query = embed(model.encoder, crops.rows[0], crops.valid)
+    key = jax.lax.stop_gradient(embed(key_encoder, crops.rows[1], crops.valid))
     logits = similarity(query, key, config.similarity, model.bilinear) / config.temperature
-    same_task = batch.crop_task[:, None] == batch.crop_task
-    same_episode = same_task & (batch.crop_episode[:, None] == batch.crop_episode)
+    same_task = crops.task[:, None] == crops.task
+    same_episode = same_task & (crops.episode[:, None] == crops.episode)
     loss, accuracy = info_nce(logits, same_task if config.negatives == "other_tasks" else same_episode)
     divergence = kl_from_prior(query).mean()
     info = {
@@ -531,7 +537,8 @@ def contrastive_loss(model: Model, key_encoder: MLP, batch: Batch, config: Confi
 def model_loss(
     model: Model, agent: Agent, told: Float[Array, "tasks oracle"], batch: Batch, key: Key[Array, ""], config: Config
 ) -> tuple[Float[Array, ""], tuple]:
-    """The critics' squared errors (PEARL, eq. 3), which reach the encoder through z; the bottleneck; the contrast.
+    """The critics' squared errors (thesis, eq. 3.6), which reach the encoder through z; the information bottleneck
+    (eq. 3.7); the contrast (eq. 4.3).
 
     Only `model` gets gradients. Returns z of every row too.
     """
@@ -548,7 +555,7 @@ def model_loss(
             "train/latent_variance": posterior.variance.mean(),
         }
     if contrasts(config):
-        loss, more = contrastive_loss(model, agent.key_encoder, batch, config)
+        loss, more = contrastive_loss(model, agent.key_encoder, batch.crops, config)
         extra, info = extra + loss, info | more
     rows = jax.tree.map(flatten, batch.rows)
     z = jnp.repeat(z, batch.rows.reward.shape[1], axis=0)
@@ -711,8 +718,7 @@ def gather_data(
     tasks = state.train_tasks[visits]
     told = jax.vmap(family.oracle)(tasks)
 
-    def episode(carry, key):
-        replay = carry
+    def episode(replay, key):
         context_key, unroll_key = jax.random.split(key)
         belief = prior(len(visits), latent)
         if phase != "prior" and config.context == "encoder":
@@ -758,10 +764,10 @@ def sample(config: Config, state: TrainState, key: Key[Array, ""]) -> Batch:
     rows = buffer.sample_rows(state.replay, task, row_key, config.batch_size)
     context = transition(config, buffer.sample_context(state.replay, task, context_key, config.context_size))
     if not contrasts(config):
-        return Batch(task, rows, context, None, None, None, None)
+        return Batch(task, rows, context, None)
     crop_task = jnp.repeat(task, math.ceil(config.num_trajectories / config.meta_batch))
-    crops, valid, episode = buffer.sample_crops(state.replay, crop_task, crop_key, window(config))
-    return Batch(task, rows, context, transition(config, crops), valid, crop_task, episode)
+    crop_rows, valid, episode = buffer.sample_crops(state.replay, crop_task, crop_key, window(config))
+    return Batch(task, rows, context, Crops(transition(config, crop_rows), valid, crop_task, episode))
 
 
 def update(config: Config, family: TaskFamily, state: TrainState, key: Key[Array, ""]) -> tuple[TrainState, dict]:

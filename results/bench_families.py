@@ -58,9 +58,8 @@ def play(env, state, keys):
     def step(state, key):
         action = jax.random.uniform(key, (len(state.reward), env.action_size), minval=-1, maxval=1)
         after = jax.vmap(env.step)(state, action)
-        stay = lambda old, new: jnp.where(state.terminated.reshape(-1, *[1] * (new.ndim - 1)), old, new)
         seen = jnp.where(state.terminated, 0, after.reward), ~state.terminated, jnp.isfinite(after.observation).all()
-        return jax.tree.map(stay, state, after), seen
+        return cocoa.where(state.terminated, state, after), seen
 
     return jax.lax.scan(step, state, keys)
 

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from figures import provenance
+
 HERE = Path(__file__).parent
 SCRIPT = "algorithms/cocoa.py"
 COMMON = (
@@ -57,9 +59,7 @@ def main(parent: str = "runs/cocoa_choices") -> None:
     for name, flags in CHOICES.items():
         folder = Path(parent).resolve() / name.replace(",", "").replace(" ", "_")
         rows += measure(name, flags, folder)
-        made = json.loads((folder / "config.json").read_text())
-        command = made["command"].split(" --run_dir")[0]
-        facts.append({"command": command, **{key: made[key] for key in ("commit", "versions", "device")}})
+        facts.append(provenance(folder))
     with (HERE / "cocoa_choices.csv").open("w", newline="") as file:
         file.writelines(f"# {json.dumps(fact)}\n" for fact in facts)
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

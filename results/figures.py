@@ -63,13 +63,18 @@ KEPT = ("train/return", "train/episode_length", "train/episodes", "train/score")
 """Columns of training that are published too."""
 
 
+def provenance(folder) -> dict:
+    """How the run in a folder was made: command, commit, versions and device."""
+    made = json.loads((Path(folder) / "config.json").read_text())
+    made["command"] = re.sub(r" --run_dir[= ]\S+", "", made["command"])  # a path of one machine
+    return {key: made[key] for key in ("command", "commit", "versions", "device")}
+
+
 def publish(name: str, *folders: str) -> None:
     """Writes the evaluations in the metrics.csv of run folders to results/NAME.csv, one after another."""
     facts, rows = [], []
     for folder in folders:
-        made = json.loads((Path(folder) / "config.json").read_text())
-        made["command"] = re.sub(r" --run_dir[= ]\S+", "", made["command"])  # a path of one machine
-        facts.append({key: made[key] for key in ("command", "commit", "versions", "device")})
+        facts.append(provenance(folder))
         with (Path(folder) / "metrics.csv").open() as file:
             rows += [row for row in csv.DictReader(file) if any(row[name] for name in row if name.startswith("eval/"))]
     columns = [name for name in rows[0] if name in KEPT or not name.startswith(("train/", "auxiliary/"))]
@@ -105,10 +110,9 @@ def draw(name: str) -> None:
     pyplot.close(figure)
 
 
-def normalised(name: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
+def normalised(family: str, name: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Environment steps and returns of `metric` in results/NAME.csv, where on the test tasks of a seed the return of
     the random policy is 0 and that of an agent that was told them, at its last evaluation, is 1."""
-    family = name.split("_pearl")[0].removesuffix("_oracle")
     curve, oracle, random = read(name), read(f"{family}_oracle"), read("random_points")
     scores = np.empty_like(curve[metric])
     for i, seed in enumerate(curve["seed"]):
@@ -131,7 +135,7 @@ def draw_adaptation() -> None:
             ("PEARL", f"{family}_pearl", "eval/return_adapted"),
             ("CoCOA before adaptation", family, "eval/return_prior"),
         ):
-            steps, scores = normalised(name, metric)
+            steps, scores = normalised(family, name, metric)
             run.plot_seeds(axis, steps, scores, label)
             last = ", ".join(f"{score:.3f}" for score in scores[steps == steps[-1]])
             print(f"{family}: {label}: {scores[steps == steps[-1]].mean():.3f} ({last})")

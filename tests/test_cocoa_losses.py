@@ -216,14 +216,14 @@ def numpy_loss(config, agent, batch, noise, target_value=None):
     loss = np.mean(squared[0]) + np.mean(squared[1]) + config.kl_weight * bottleneck
     if not config.contrastive:
         return loss
-    number = len(batch.crop_task)
-    query = [embed(model.encoder, batch.crops[0][i], batch.crop_valid[i]) for i in range(number)]
-    key = [embed(agent.key_encoder, batch.crops[1][i], batch.crop_valid[i]) for i in range(number)]
+    crops, number = batch.crops, len(batch.crops.task)
+    query = [embed(model.encoder, crops.rows[0][i], crops.valid[i]) for i in range(number)]
+    key = [embed(agent.key_encoder, crops.rows[1][i], crops.valid[i]) for i in range(number)]
     bilinear = None if model.bilinear is None else np.asarray(model.bilinear, float)
     cross_entropy = []
     for i in range(number):
-        same_task = batch.crop_task == batch.crop_task[i]
-        same = same_task & (batch.crop_episode == batch.crop_episode[i])
+        same_task = crops.task == crops.task[i]
+        same = same_task & (crops.episode == crops.episode[i])
         others = [
             j for j in range(number) if j == i or not (same_task if config.negatives == "other_tasks" else same)[j]
         ]

@@ -270,10 +270,10 @@ def test_batches_are_of_tasks_drawn_alike_and_say_whose_they_are(family):
         counts.update(np.asarray(got.task).tolist())
         np.testing.assert_array_equal(got.rows.reward, np.broadcast_to(got.task[:, None] + 7.0, (3, 4)))
         np.testing.assert_array_equal(got.context[..., 3], np.broadcast_to(got.task[:, None] + 7.0, (3, 6)))
-        assert len(got.crop_task) == 9, "8 trajectories, rounded up to 3 for each task"
-        rewards = np.where(got.crop_valid, got.crops[..., 3], got.crop_task[:, None] + 7.0)
-        np.testing.assert_array_equal(rewards, np.broadcast_to(got.crop_task[:, None] + 7.0, rewards.shape))
-        np.testing.assert_array_equal(got.crop_task, np.repeat(got.task, 3))
+        assert len(got.crops.task) == 9, "8 trajectories, rounded up to 3 for each task"
+        rewards = np.where(got.crops.valid, got.crops.rows[..., 3], got.crops.task[:, None] + 7.0)
+        np.testing.assert_array_equal(rewards, np.broadcast_to(got.crops.task[:, None] + 7.0, rewards.shape))
+        np.testing.assert_array_equal(got.crops.task, np.repeat(got.task, 3))
     assert min(counts.values()) > 60 and len(counts) == 6
 
 
