@@ -328,8 +328,10 @@ class Batch(NamedTuple):
     goal: Float[Array, "batch goal"]
 
 
-def critic_loss(critic: Critic, batch: Batch, config: Config) -> tuple[Float[Array, ""], dict]:
-    """Contrastive loss, plus the mean squared log-sum-exp of the rows of logits."""
+def critic_loss(
+    critic: Critic, batch: Batch, config: Config
+) -> tuple[Float[Array, ""], tuple[Float[Array, "batch representation"], dict]]:
+    """Contrastive loss, plus the mean squared log-sum-exp of the rows of logits; psi(g) for the actor; metrics."""
     phi = critic.encode_state_action(batch.observation, batch.action)
     psi = critic.encode_goal(batch.goal)
     logits = pairwise_energy(phi, psi, config.energy)
@@ -344,21 +346,29 @@ def critic_loss(critic: Critic, batch: Batch, config: Config) -> tuple[Float[Arr
         "train/negative_energy": (jnp.sum(logits) - batch_size * positive) / max(batch_size * (batch_size - 1), 1),
         "train/logsumexp": jnp.mean(logsumexp),
     }
-    return loss, info
+    return loss, (psi, info)
 
 
 def actor_loss(
-    actor: ResidualMLP, critic: Critic, alpha: Float[Array, ""], batch: Batch, key: Key[Array, ""], config: Config
+    actor: ResidualMLP,
+    critic: Critic,
+    psi: Float[Array, "batch representation"],
+    alpha: Float[Array, ""],
+    batch: Batch,
+    key: Key[Array, ""],
+    config: Config,
 ) -> tuple[Float[Array, ""], dict]:
-    """mean_i [alpha log pi(a_i | s_i, g_i) - f(s_i, a_i, g_i)], a_i from the actor, on the goals of the critic's batch.
+    """mean_i [alpha log pi(a_i | s_i, g_i) - f(s_i, a_i, g_i)], a_i from the actor, on the goals of the critic's batch,
+    whose encodings psi(g_i) come from the critic's loss: one of nine passes over the depth saved.
 
     A share `random_goals` of the rows takes the goal of the row before instead.
     """
     rows = jnp.arange(batch.goal.shape[0])[:, None]
-    goal = jnp.where(rows < config.random_goals * len(rows), jnp.roll(batch.goal, 1, axis=0), batch.goal)
+    swap = lambda x: jnp.where(rows < config.random_goals * len(rows), jnp.roll(x, 1, axis=0), x)
+    goal = swap(batch.goal)
     action, log_prob = policy(actor, batch.observation, goal).sample_and_log_prob(key)
     phi = critic.encode_state_action(batch.observation, action)
-    loss = jnp.mean(alpha * log_prob - energy(phi, critic.encode_goal(goal), config.energy))
+    loss = jnp.mean(alpha * log_prob - energy(phi, swap(psi), config.energy))
     return loss, {"train/actor_loss": loss, "train/entropy": -jnp.mean(log_prob), "train/alpha": alpha}
 
 
@@ -469,7 +479,7 @@ def sample(config: Config, env: Env, replay: buffer.Replay, key: Key[Array, ""])
 
 
 def update(config: Config, env: Env, state: TrainState, key: Key[Array, ""]) -> tuple[TrainState, dict]:
-    """One gradient step: actor, alpha and critic on one batch, each against the others as they were before."""
+    """One gradient step: critic, actor and alpha on one batch, each against the others as they were before."""
     batch_key, actor_key = jax.random.split(key)
     batch = sample(config, env, state.replay, batch_key)
     alpha = jnp.exp(state.log_alpha) if config.entropy_tuning else jnp.zeros(())
@@ -479,15 +489,15 @@ def update(config: Config, env: Env, state: TrainState, key: Key[Array, ""]) -> 
         updates, optimizer_state = adam(config, learning_rate).update(gradient, optimizer_state)
         return optax.apply_updates(parameters, updates), optimizer_state
 
+    gradient, (psi, critic_info) = jax.grad(critic_loss, has_aux=True)(state.critic, batch, config)
+    critic, critic_optimizer = step(config.critic_lr, gradient, state.critic_optimizer, state.critic)
+
     actor_gradient = jax.grad(actor_loss, has_aux=True)
-    gradient, actor_info = actor_gradient(state.actor, state.critic, alpha, batch, actor_key, config)
+    gradient, actor_info = actor_gradient(state.actor, state.critic, psi, alpha, batch, actor_key, config)
     actor, actor_optimizer = step(config.actor_lr, gradient, state.actor_optimizer, state.actor)
 
     gradient = jax.grad(alpha_loss)(state.log_alpha, actor_info["train/entropy"], target_entropy)
     log_alpha, alpha_optimizer = step(config.alpha_lr, gradient, state.alpha_optimizer, state.log_alpha)
-
-    gradient, critic_info = jax.grad(critic_loss, has_aux=True)(state.critic, batch, config)
-    critic, critic_optimizer = step(config.critic_lr, gradient, state.critic_optimizer, state.critic)
 
     state = state._replace(
         actor=actor,

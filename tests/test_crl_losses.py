@@ -96,7 +96,7 @@ def setting():
 
 def test_critic_loss_and_metrics_equal_numpy(setting):
     config, _, state, batch = setting
-    loss, info = crl.critic_loss(state.critic, batch, config)
+    loss, (encoded, info) = crl.critic_loss(state.critic, batch, config)
     phi = np.asarray(state.critic.encode_state_action(batch.observation, batch.action), float)
     psi = np.asarray(state.critic.encode_goal(batch.goal), float)
     logits = np.array([[-np.linalg.norm(x - y) for y in psi] for x in phi])
@@ -108,12 +108,14 @@ def test_critic_loss_and_metrics_equal_numpy(setting):
     off = logits[~np.eye(16, dtype=bool)]
     np.testing.assert_allclose(info["train/negative_energy"], off.mean(), rtol=1e-3)
     np.testing.assert_allclose(info["train/accuracy"], np.mean(logits.argmax(1) == np.arange(16)))
+    np.testing.assert_allclose(encoded, psi, rtol=1e-6)
 
 
 def test_actor_loss_equals_numpy(setting):
     config, _, state, batch = setting
     key, alpha = jax.random.key(5), 0.7
-    loss, info = crl.actor_loss(state.actor, state.critic, jnp.array(alpha), batch, key, config)
+    psi = state.critic.encode_goal(batch.goal)
+    loss, info = crl.actor_loss(state.actor, state.critic, psi, jnp.array(alpha), batch, key, config)
     goal = np.asarray(batch.goal).copy()
     goal[:4] = np.asarray(batch.goal)[[15, 0, 1, 2]]  # random_goals=0.25 of 16 rows
     output = jax.vmap(state.actor)(jnp.concatenate([batch.observation, jnp.array(goal)], axis=1))
@@ -151,7 +153,8 @@ def test_update_takes_each_gradient_at_the_old_parameters(setting, entropy_tunin
     batch_key, actor_key = jax.random.split(key)
     batch = crl.sample(config, env, state.replay, batch_key)
     alpha = jnp.array(1.0 if entropy_tuning else 0.0)
-    loss = lambda p: crl.actor_loss(p, state.critic, alpha, batch, actor_key, config)[0]
+    psi = state.critic.encode_goal(batch.goal)
+    loss = lambda p: crl.actor_loss(p, state.critic, psi, alpha, batch, actor_key, config)[0]
     actor = jax.jit(jax.grad(loss))(state.actor)
     critic = jax.jit(jax.grad(lambda p: crl.critic_loss(p, batch, config)[0]))(state.critic)
     for old, gradient, got, rate in (
@@ -161,7 +164,7 @@ def test_update_takes_each_gradient_at_the_old_parameters(setting, entropy_tunin
         for p, g, q in zip(*(jax.tree.leaves(x) for x in (old, gradient, got))):
             clear = np.abs(g) > 1e-5  # Adam's first step is the gradient's sign, which rounding decides near zero
             np.testing.assert_allclose(q[clear], adam_by_hand(np.asarray(p), np.asarray(g), rate)[clear], atol=1e-4)
-    entropy = crl.actor_loss(state.actor, state.critic, alpha, batch, actor_key, config)[1]["train/entropy"]
+    entropy = crl.actor_loss(state.actor, state.critic, psi, alpha, batch, actor_key, config)[1]["train/entropy"]
     np.testing.assert_allclose(new.log_alpha, adam_by_hand(0.0, np.asarray(entropy) + 1.0, 3e-2), rtol=1e-4)
 
 
