@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from figures import provenance
+from runs import provenance
 
 HERE = Path(__file__).parent
 SCRIPT = "algorithms/cocoa.py"

@@ -7,8 +7,6 @@ A CSV begins with a comment for each run: its command, commit, versions and devi
 """
 
 import csv
-import json
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -22,24 +20,46 @@ HERE = Path(__file__).parent
 
 
 class Figure(NamedTuple):
-    """One panel a metric, one line a CSV."""
+    """A row of panels for each metric; with one panel only, the metrics stand side by side."""
 
-    panels: dict[str, str]
+    metrics: dict[str, str]
     """Metric -> title."""
-    curves: dict[str, str]
-    """Label -> name of the CSV."""
+    panels: dict[str, dict[str, str]]
+    """Name of a panel -> its lines: label -> name of the CSV."""
 
 
+SUCCESS = {
+    "eval/success_any": "uniform goals, mean action",
+    "eval/far/sampled/success_any": "far goals, sampled action",
+}
 FIGURES = {
-    "goals": Figure(
+    "point_depth": Figure(
+        SUCCESS,
         {
-            "eval/success_any": "episodes that reach their goal: uniform goals, mean action",
-            "eval/far/sampled/success_any": "far goals, sampled action",
+            maze: {f"depth {depth}": f"point_{maze}_maze_depth_{depth}" for depth in (4, 8, 16, 32)}
+            for maze in ("u", "u4", "u5", "big")
         },
+    ),
+    "point_choices": Figure(
+        SUCCESS,
         {
-            "goals drawn anew at each reset (default)": "point_u_maze",
-            "fixed goals (published behaviour)": "point_u_maze_fixed_goals",
-            "published relabelling": "point_u_maze_published_relabelling",
+            "goals": {
+                "drawn anew at each reset (default)": "point_u4_maze_depth_4",
+                "fixed (published)": "point_u4_maze_fixed",
+                "drawn anew, never switched": "point_u4_maze_resampled_no_switch",
+                "fixed, never switched": "point_u4_maze_fixed_no_switch",
+                "published relabelling": "point_u4_maze_published_relabelling",
+            },
+            "energies": {
+                "norm (default)": "point_u4_maze_depth_4",
+                **{kind: f"point_u4_maze_{kind}" for kind in ("l2", "dot", "cosine")},
+            },
+            "losses": {
+                "forward InfoNCE (default)": "point_u4_maze_depth_4",
+                "backward InfoNCE": "point_u4_maze_bwd_infonce",
+                "symmetric InfoNCE": "point_u4_maze_sym_infonce",
+                "binary NCE": "point_u4_maze_binary_nce",
+            },
         },
     ),
     "minicraft": Figure(
@@ -48,41 +68,17 @@ FIGURES = {
             "eval/return": "achievements unlocked in an episode",
         },
         {
-            "PPO with achievement distillation": "minicraft",
-            "without prediction": "minicraft_matching",
-            "without matching": "minicraft_prediction",
-            "without either, regularisers only": "minicraft_regularisers",
-            "without memory": "minicraft_no_memory",
-            "plain PPO": "minicraft_plain",
+            "parts": {
+                "PPO with achievement distillation": "minicraft",
+                "without prediction": "minicraft_matching",
+                "without matching": "minicraft_prediction",
+                "without either, regularisers only": "minicraft_regularisers",
+                "without memory": "minicraft_no_memory",
+                "plain PPO": "minicraft_plain",
+            }
         },
     ),
 }
-
-
-KEPT = ("train/return", "train/episode_length", "train/episodes", "train/score")
-"""Columns of training that are published too."""
-
-
-def provenance(folder) -> dict:
-    """How the run in a folder was made: command, commit, versions and device."""
-    made = json.loads((Path(folder) / "config.json").read_text())
-    made["command"] = re.sub(r" --run_dir[= ]\S+", "", made["command"])  # a path of one machine
-    return {key: made[key] for key in ("command", "commit", "versions", "device")}
-
-
-def publish(name: str, *folders: str) -> None:
-    """Writes the evaluations in the metrics.csv of run folders to results/NAME.csv, one after another."""
-    facts, rows = [], []
-    for folder in folders:
-        facts.append(provenance(folder))
-        with (Path(folder) / "metrics.csv").open() as file:
-            rows += [row for row in csv.DictReader(file) if any(row[name] for name in row if name.startswith("eval/"))]
-    columns = [name for name in rows[0] if name in KEPT or not name.startswith(("train/", "auxiliary/"))]
-    with (HERE / f"{name}.csv").open("w", newline="") as file:
-        file.writelines(f"# {json.dumps(fact)}\n" for fact in facts)
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def read(name: str) -> dict[str, np.ndarray]:

@@ -1,0 +1,144 @@
+"""The published runs, and the one command that redoes each: python results/runs.py NAME...
+
+    python results/runs.py                            the names
+    python results/runs.py point_u_maze               one run, then its CSV
+    python results/runs.py point_depth.u4             the runs of a panel of a figure (results/figures.py)
+    python results/runs.py point_depth                those of a whole figure
+    python results/runs.py publish NAME FOLDER        the evaluations of a run made elsewhere, into NAME.csv
+
+Two runs at a time. They go to runs/published/NAME: one that was stopped or killed there goes on, one that is done is
+not trained again. A CSV holds the evaluations, a row a seed, under a comment that says how they were made: command,
+commit, versions, device.
+"""
+
+import csv
+import difflib
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import figures
+
+HERE = Path(__file__).parent
+FOLDER = Path("runs/published")
+
+MAZES = ("u", "u4", "u5", "big")
+DEPTHS = (4, 8, 16, 32)
+
+
+def _study(maze: str = "u4", flags: str = "") -> str:
+    return f"crl.py --env point_{maze}_maze --num_seeds 5 --total_env_steps 500000 --eval_every 50000 {flags}".rstrip()
+
+
+def _point_goal(flags: str = "") -> str:
+    return f"cocoa.py --num_seeds 3 {flags}".rstrip()
+
+
+_PROBE = "--num_test_tasks 100 --prior_steps 80 --posterior_steps 0 --extra_steps 40 --exploration_episodes 3"
+_PROBE = f"cocoa.py --num_seeds 5 {_PROBE} --eval_episodes 4 --probe"
+
+RUNS = {
+    "point_u_maze": "crl.py --num_seeds 5",
+    **{f"point_{maze}_maze_depth_{depth}": _study(maze, f"--depth {depth}") for depth in DEPTHS for maze in MAZES},
+    "point_u4_maze_fixed": _study(flags="--goals fixed"),
+    "point_u4_maze_resampled_no_switch": _study(flags="--goal_switch_probability 0"),
+    "point_u4_maze_fixed_no_switch": _study(flags="--goals fixed --goal_switch_probability 0"),
+    "point_u4_maze_published_relabelling": _study(flags="--relabel published"),
+    **{f"point_u4_maze_{energy}": _study(flags=f"--energy {energy}") for energy in ("l2", "dot", "cosine")},
+    **{
+        f"point_u4_maze_{loss}": _study(flags=f"--loss {loss}") for loss in ("bwd_infonce", "sym_infonce", "binary_nce")
+    },
+    "minicraft": "ppo_ad.py --num_seeds 5",
+    "minicraft_matching": "ppo_ad.py --num_seeds 5 --prediction=false",
+    "minicraft_prediction": "ppo_ad.py --num_seeds 5 --matching=false",
+    "minicraft_regularisers": "ppo_ad.py --num_seeds 5 --temperature 1e9",
+    "minicraft_no_memory": "ppo_ad.py --num_seeds 5 --memory=false",
+    "minicraft_plain": "ppo_ad.py --num_seeds 5 --distill=false",
+    "point_goal": _point_goal(),
+    "point_goal_pearl": _point_goal("--contrastive=false"),
+    "point_goal_oracle": _point_goal("--context=oracle"),
+    "point_goal_published_evaluation": _point_goal("--exploration_episodes 1 --eval_episodes 3"),
+    "point_goal_probe": _PROBE,
+    "point_goal_probe_pearl": f"{_PROBE} --contrastive=false",
+    "sparse_point_goal": "cocoa.py --env sparse_point_goal --num_seeds 3",
+    "sparse_point_goal_pearl": "cocoa.py --env sparse_point_goal --num_seeds 3 --contrastive=false",
+    "sparse_point_goal_oracle": "cocoa.py --env sparse_point_goal --num_seeds 3 --context=oracle",
+}
+"""Name of the CSV -> the command, a script of algorithms/ and its flags."""
+
+KEPT = ("train/return", "train/episode_length", "train/episodes", "train/score")
+"""Columns of training that are published too."""
+
+
+def provenance(folder) -> dict:
+    """How the run in a folder was made: command, commit, versions and device."""
+    made = json.loads((Path(folder) / "config.json").read_text())
+    made["command"] = re.sub(r" --run_dir[= ]\S+", "", made["command"])  # a path of one machine
+    return {key: made[key] for key in ("command", "commit", "versions", "device")}
+
+
+def publish(name: str, folder) -> None:
+    """Writes the evaluations in the metrics.csv of a run folder to results/NAME.csv."""
+    with (Path(folder) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if any(row[column] for column in row if column.startswith("eval/"))]
+    columns = [column for column in rows[0] if column in KEPT or not column.startswith(("train/", "auxiliary/"))]
+    with (HERE / f"{name}.csv").open("w", newline="") as file:
+        file.write(f"# {json.dumps(provenance(folder))}\n")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def train(command: str, folder: Path, name: str) -> None:
+    """Trains by a command of RUNS into a folder, or goes on with what is there. What it prints is passed on."""
+    script, *flags = command.split()
+    flags = ["--resume", str(folder)] if (folder / "config.json").exists() else [*flags, "--run_dir", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, f"algorithms/{script}", *flags],
+        cwd=HERE.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        print(f"{name}: {line}", end="", flush=True)
+    if process.wait():
+        raise SystemExit(f"error: {name} failed, see above; the same command goes on with it")
+
+
+def choose(names: list[str]) -> list[str]:
+    """The runs that names of runs, figures and panels stand for; SystemExit, with the nearest, if one is unknown."""
+    groups = {name: [name] for name in RUNS}
+    for name, figure in figures.FIGURES.items():
+        panels = {f"{name}.{panel}": list(curves.values()) for panel, curves in figure.panels.items()}
+        groups |= {name: [*groups.get(name, []), *(run for runs in panels.values() for run in runs)], **panels}
+    for name in names:
+        if name not in groups:
+            near = difflib.get_close_matches(name, groups, n=3, cutoff=0.4)
+            raise SystemExit(
+                f"error: no run, figure or panel is named {name!r}; near it: {', '.join(near) or 'nothing'}"
+            )
+    return [run for run in RUNS if any(run in groups[name] for name in names)]
+
+
+def main() -> None:
+    names = sys.argv[1:]
+    if names[:1] == ["publish"] and len(names) == 3:
+        return publish(*names[1:])
+    if not names:
+        print("\n".join(f"{name:40s} python algorithms/{command}" for name, command in RUNS.items()))
+        return
+
+    def redo(name):
+        train(RUNS[name], (FOLDER / name).resolve(), name)
+        publish(name, (FOLDER / name).resolve())
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(redo, choose(names)))
+
+
+if __name__ == "__main__":
+    main()
