@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench figures
 
 demo: .venv/run.stamp  ## train the default agent: a point robot finds its way out of a U
 	$(BIN)/python algorithms/crl.py
@@ -14,8 +14,14 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/dev.stamp  ## redo the tables of results/
-	$(BIN)/python results/bench_crl.py
+bench: .venv/dev.stamp  ## measure the speed of the scripts, and of their designs against naive ones; then the tables
+	$(BIN)/python results/bench.py
+	$(BIN)/python results/bench_ratios.py
+	$(BIN)/python results/bench_update.py
+	$(MAKE) figures
+
+figures: .venv/dev.stamp  ## redraw every figure and table from the CSVs of results/, and say which differ
+	$(BIN)/python results/figures.py
 
 .venv/pip.stamp:
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || \

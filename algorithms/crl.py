@@ -601,14 +601,17 @@ def value_map(config: Config, env: Env, state: TrainState, goals: Float[Array, "
     return x * maze.cell_size, y * maze.cell_size, maps
 
 
-def draw_value_map(config: Config, env: Env, far: Env | None, state: TrainState, path) -> None:
-    """Value maps for three goals, far ones where the maze has them, spread over the list of goals."""
+def three_goals(env: Env) -> Float[np.ndarray, "goals 2"]:
+    """Cells of three goals of a maze, spread over their list."""
+    goals = env.maze.positions("G")
+    return goals[np.unique(np.linspace(0, len(goals) - 1, 3).round().astype(int))]
+
+
+def draw_value_map(env: Env, goals, x, y, maps, path) -> None:
+    """The value maps of `value_map`, side by side."""
     from matplotlib import pyplot
 
-    goals = (far or env).maze.positions("G")
-    goals = goals[np.unique(np.linspace(0, len(goals) - 1, 3).round().astype(int))]
     figure, axes = pyplot.subplots(1, len(goals), figsize=(4.2 * len(goals), 4), squeeze=False, layout="constrained")
-    x, y, maps = value_map(config, env, state, jnp.asarray(goals))
     for axis, goal, values in zip(axes[0], goals, maps):
         mazes.draw(env.maze, axis)
         image = axis.pcolormesh(x, y, values, shading="nearest", zorder=2)
@@ -616,24 +619,33 @@ def draw_value_map(config: Config, env: Env, far: Env | None, state: TrainState,
         axis.plot(*env.maze.positions("R").T, "wo", zorder=3)
         figure.colorbar(image, ax=axis, shrink=0.8)
     figure.suptitle(f"{env.name}: f(s, mean action, goal); start o, goal x")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
     pyplot.close(figure)
 
 
-def draw_trajectories(env: Env, states: State, sampled: np.ndarray, path) -> None:
-    """Paths of evaluation episodes, mean actions left and sampled actions right; goals are crosses."""
+def draw_trajectories(env: Env, tracks, goals, sampled, path) -> None:
+    """Paths (episode, time, 2) to goals (episode, 2): left those of mean actions, right those of sampled ones."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 4.5), layout="constrained")
     for axis, title, kind in ((axes[0], "mean actions", False), (axes[1], "sampled actions", True)):
         mazes.draw(env.maze, axis)
-        for i in np.flatnonzero(sampled == kind):
-            track = np.asarray(env.achieved_goal(jnp.asarray(states.observation[i])))
-            (line,) = axis.plot(*track[:, :2].T, alpha=0.8)
-            axis.plot(*states.goal[i, 0, :2], "X", markersize=9, color=line.get_color())
+        for i in np.flatnonzero(np.asarray(sampled) == kind):
+            (line,) = axis.plot(*tracks[i].T, alpha=0.8)
+            axis.plot(*goals[i], "X", markersize=9, color=line.get_color())
         axis.set_title(title)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def eight_episodes(config: Config, env: Env, far: Env | None, actor: ResidualMLP) -> tuple[State, np.ndarray]:
+    """Episodes of one seed's policy to draw, leaves (episode, time, ...): whole ones, on far goals if there are any;
+    and which have sampled actions, the last four."""
+    reset_key, play_key = jax.random.split(evaluation_key(jnp.array(config.seed)))
+    start = jax.vmap((far or env).reset)(jax.random.split(reset_key, 8))
+    sampled = jnp.arange(8) >= 4
+    states = jax.jit(lambda start: play(config, env, actor, start, sampled, play_key, lambda s: s))(start)
+    return jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), states), np.asarray(sampled)
 
 
 def draw(config: Config, env: Env, far: Env | None, state: TrainState, log: run.Run) -> None:
@@ -646,16 +658,15 @@ def draw(config: Config, env: Env, far: Env | None, state: TrainState, log: run.
 
     state = jax.tree.map(lambda x: x[0], state._replace(replay=None))
     log.progress.show("drawing the policy")
-    reset_key, play_key = jax.random.split(evaluation_key(jnp.array(config.seed)))
-    start = jax.vmap((far or env).reset)(jax.random.split(reset_key, 8))
-    sampled = jnp.arange(8) >= 4
-    states = jax.jit(lambda start: play(config, env, state.actor, start, sampled, play_key, lambda s: s))(start)
-    states = jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), states)  # (episodes, time, ...)
+    states, sampled = eight_episodes(config, env, far, state.actor)
     log.print(f"policy          {env.render(states, str(log.folder / 'rollout'))}")
     if env.maze:
-        draw_trajectories(env, states, np.asarray(sampled), log.folder / "trajectories.png")
+        tracks = np.asarray(env.achieved_goal(jnp.asarray(states.observation)))[..., :2]
+        draw_trajectories(env, tracks, states.goal[:, 0, :2], sampled, log.folder / "trajectories.png")
         log.print(f"trajectories    {log.folder / 'trajectories.png'}")
-        draw_value_map(config, env, far, state, log.folder / "value_map.png")
+        goals = three_goals(far or env)
+        maps = value_map(config, env, state, jnp.asarray(goals))
+        draw_value_map(env, goals, *maps, log.folder / "value_map.png")
         log.print(f"value map       {log.folder / 'value_map.png'}")
 
 

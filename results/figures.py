@@ -1,22 +1,31 @@
-"""Published learning curves: python results/figures.py redraws every figure from the CSV files beside it.
+"""Every figure and every table of results that this project shows, from the CSV files beside this script.
 
-    python results/figures.py                        draw
-    python results/figures.py publish NAME RUN...    take the evaluations of runs into NAME.csv, with how they were made
+    make figures                        redraw all, and say which differ from what was there
+    python results/figures.py --check   only say; exit code 1 if any differs
 
-A CSV begins with a comment for each run: its command, commit, versions and device.
+Figures go beside the CSVs; tables and captions go into the pages, between the comments that name them. A figure's line
+is the mean over seeds at each evaluation, its band the 95 % bootstrap interval of that mean; a table has the last
+evaluation, never the best. results/runs.py redoes the runs, results/bench.py the measurements of speed.
 """
 
 import csv
+import io
+import json
+import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from scipy import stats
 
-from shared import run
+import envs
+from algorithms import crl
 
 HERE = Path(__file__).parent
+PAGES = ("README.md", "algorithms/crl.md", "algorithms/ppo_ad.md", "algorithms/cocoa.md")
 
 
 class Figure(NamedTuple):
@@ -81,74 +90,126 @@ FIGURES = {
 }
 
 
+# ---- numbers ------------------------------------------------------------------------------------------------------
+
+
+def lines(name: str) -> tuple[list[str], list[dict[str, str]]]:
+    """The comments and the rows of results/NAME.csv."""
+    with (HERE / f"{name}.csv").open() as file:
+        text = file.readlines()
+    comments = [line[1:].strip() for line in text if line.startswith("#")]
+    return comments, list(csv.DictReader(line for line in text if not line.startswith("#")))
+
+
 def read(name: str) -> dict[str, np.ndarray]:
     """The columns of results/NAME.csv as numbers."""
-    with (HERE / f"{name}.csv").open() as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    _, rows = lines(name)
     return {column: np.array([float(row[column] or "nan") for row in rows]) for column in rows[0]}
 
 
-def draw(name: str) -> None:
-    """A line is the mean over seeds and its band reaches from the lowest to the highest."""
-    from matplotlib import pyplot
-
-    panels, curves = FIGURES[name]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
-    for axis, (metric, title) in zip(axes, panels.items()):
-        for label, file in curves.items():
-            curve = read(file)
-            run.plot_seeds(axis, curve["env_steps"], curve[metric], label)
-        axis.set_title(title, fontsize=10)
-        axis.set(xlabel="environment steps", ylim=(0, None))
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.savefig(HERE / f"{name}.png", dpi=100, metadata={"Software": None})
-    pyplot.close(figure)
+def made(name: str) -> dict:
+    """How the run in results/NAME.csv was made: command, commit, versions, device."""
+    return json.loads(lines(name)[0][0])
 
 
-def normalised(family: str, name: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Environment steps and returns of `metric` in results/NAME.csv, where on the test tasks of a seed the return of
-    the random policy is 0 and that of an agent that was told them, at its last evaluation, is 1."""
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the mean of values (seeds,)."""
+    found = stats.bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=0).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def last(curve: dict[str, np.ndarray], metric: str) -> np.ndarray:
+    """A metric at the last evaluation, (seeds,)."""
+    return curve[metric][curve["env_steps"] == curve["env_steps"].max()]
+
+
+def normalised(family: str, name: str, metric: str) -> dict[str, np.ndarray]:
+    """`metric` of results/NAME.csv and its environment steps, where on the test tasks of a seed the return of the
+    random policy is 0 and that of an agent that was told them, at its last evaluation, is 1."""
     curve, oracle, random = read(name), read(f"{family}_oracle"), read("random_points")
     scores = np.empty_like(curve[metric])
     for i, seed in enumerate(curve["seed"]):
         zero = random[f"{family}_return"][random["seed"] == seed].item()
         one = oracle["eval/return_oracle"][oracle["seed"] == seed][-1]
         scores[i] = (curve[metric][i] - zero) / (one - zero)
-    return curve["env_steps"], scores
+    return {"env_steps": curve["env_steps"], metric: scores}
 
 
-def draw_adaptation() -> None:
-    """Normalised returns of cocoa.py on held-out tasks, a panel a family; prints the last ones of each seed."""
+# ---- figures ------------------------------------------------------------------------------------------------------
+
+
+def plot(axis, curve: dict[str, np.ndarray], metric: str, label: str) -> None:
+    steps = np.unique(curve["env_steps"])
+    seeds = [curve[metric][curve["env_steps"] == step] for step in steps]
+    (line,) = axis.plot(steps, [values.mean() for values in seeds], label=label)
+    axis.fill_between(steps, *np.transpose([interval(values) for values in seeds]), alpha=0.2, color=line.get_color())
+
+
+def png(figure) -> bytes:
     from matplotlib import pyplot
 
-    families = "point_goal", "sparse_point_goal"
-    figure, axes = pyplot.subplots(1, len(families), figsize=(10, 3.6), layout="constrained")
-    for axis, family in zip(axes, families):
-        for label, name, metric in (
-            ("told the goal", f"{family}_oracle", "eval/return_oracle"),
-            ("CoCOA", family, "eval/return_adapted"),
-            ("PEARL", f"{family}_pearl", "eval/return_adapted"),
-            ("CoCOA before adaptation", family, "eval/return_prior"),
-        ):
-            steps, scores = normalised(family, name, metric)
-            run.plot_seeds(axis, steps, scores, label)
-            last = ", ".join(f"{score:.3f}" for score in scores[steps == steps[-1]])
-            print(f"{family}: {label}: {scores[steps == steps[-1]].mean():.3f} ({last})")
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100, metadata={"Software": None})  # no version of matplotlib in the file
+    pyplot.close(figure)
+    return file.getvalue()
+
+
+def draw_curves(name: str) -> bytes:
+    from matplotlib import pyplot
+
+    metrics, panels = FIGURES[name]
+    shape = (len(metrics), len(panels)) if len(panels) > 1 else (1, len(metrics))
+    figure, axes = pyplot.subplots(
+        *shape, figsize=(max(3.3 * shape[1], 10), 3.4 * shape[0]), squeeze=False, sharey=len(panels) > 1,
+        layout="constrained",
+    )  # fmt: skip
+    spots = iter(axes.flat)
+    for metric, title in metrics.items():
+        for panel, curves in panels.items():
+            axis = next(spots)
+            for label, file in curves.items():
+                plot(axis, read(file), metric, label)
+            axis.set_title(f"{panel}: {title}" if len(panels) > 1 else title, fontsize=9)
+            axis.set(xlabel="environment steps", ylim=(0, None))
+            axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+            axis.grid(alpha=0.3)
+    distinct = len({tuple(curves) for curves in panels.values()})
+    for axis in axes[0, :distinct] if distinct > 1 else axes[0, :1]:
+        axis.legend(fontsize=7)
+    return png(figure)
+
+
+FAMILIES = "point_goal", "sparse_point_goal"
+ADAPTATION = {
+    "told the goal": ("{}_oracle", "eval/return_oracle"),
+    "CoCOA": ("{}", "eval/return_adapted"),
+    "PEARL": ("{}_pearl", "eval/return_adapted"),
+    "CoCOA before adaptation": ("{}", "eval/return_prior"),
+    "PEARL before adaptation": ("{}_pearl", "eval/return_prior"),
+}
+"""Label -> CSV of a family, metric."""
+
+
+def draw_adaptation() -> bytes:
+    """Normalised returns of cocoa.py on held-out tasks, a panel a family."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(FAMILIES), figsize=(10, 3.6), layout="constrained")
+    for axis, family in zip(axes, FAMILIES):
+        for label, (file, metric) in ADAPTATION.items():
+            plot(axis, normalised(family, file.format(family), metric), metric, label)
         axis.set(title=f"{family}: return on held-out goals", xlabel="environment steps")
         axis.set_ylabel("0: random policy, 1: told the goal")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    figure.savefig(HERE / "point_goal.png", dpi=100, metadata={"Software": None})
-    pyplot.close(figure)
+    return png(figure)
 
 
-def draw_choices() -> None:
+def draw_cocoa_choices() -> bytes:
     """What results/cocoa_choices.py measured: a dot a seed, a bar at the mean; the line is PEARL's mean."""
     from matplotlib import pyplot
 
-    with (HERE / "cocoa_choices.csv").open() as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    _, rows = lines("cocoa_choices")
     names = list(dict.fromkeys(row["choice"] for row in rows))
     panels = {
         "eval/probe_r2": "variance of held-out goals that a linear probe explains",
@@ -166,16 +227,215 @@ def draw_choices() -> None:
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    figure.savefig(HERE / "cocoa_choices.png", dpi=100, metadata={"Software": None})
-    pyplot.close(figure)
+    return png(figure)
+
+
+def draw_value_map() -> bytes:
+    """The critic's values over the U for three goals, from results/point_u_maze.json."""
+    shown = pictures()
+    maps = np.array(shown["maps"], float)
+    return saved(crl.draw_value_map, shown["goals"], shown["x"], shown["y"], maps)
+
+
+def draw_trajectories() -> bytes:
+    shown = pictures()
+    return saved(crl.draw_trajectories, np.array(shown["tracks"]), shown["track_goals"], shown["sampled"])
+
+
+def pictures() -> dict:
+    return json.loads((HERE / "point_u_maze.json").read_text())
+
+
+def saved(draw, *data) -> bytes:
+    """What a function of crl.py that draws in the U puts into a file."""
+    file = io.BytesIO()
+    draw(envs.make("point_u_maze"), *data, file)
+    return file.getvalue()
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def entry(values: np.ndarray, digits: int = 2) -> str:
+    """Mean and interval of values (seeds,)."""
+    low, high = interval(values)
+    mean, low, high = (f"{x:z.{digits}f}".replace("-", "\N{MINUS SIGN}") for x in (values.mean(), low, high))
+    return f"{mean} [{low}, {high}]"
+
+
+DEMO = {
+    "eval/success_any": "uniform goals, mean action (as the paper evaluates)",
+    "eval/sampled/success_any": "uniform goals, sampled action",
+    "eval/far/success_any": "far goals, mean action",
+    "eval/far/sampled/success_any": "far goals, sampled action",
+}
+
+
+def demo_table(root: str) -> str:
+    curve = read("point_u_maze")
+    rows = [
+        [title, entry(last(curve, metric)), entry(last(curve, metric.replace("success_any", "time_at_goal")), 0)]
+        for metric, title in DEMO.items()
+    ]
+    header = ["last evaluation, 128 episodes a seed", "episodes that reach their goal", "steps at the goal, of 100"]
+    text = (
+        f"`{made('point_u_maze')['command']}`: {same_facts(['point_u_maze'])}; [CSV]({root}results/point_u_maze.csv)."
+    )
+    return f"{text}\n\n{table(header, rows)}"
+
+
+def depth_table(root: str) -> str:
+    panels = FIGURES["point_depth"].panels
+    rows = [
+        [f"`point_{maze}_maze`", title, *(entry(last(read(name), metric)) for name in curves.values())]
+        for metric, title in SUCCESS.items()
+        for maze, curves in panels.items()
+    ]
+    facts = made("point_u4_maze_depth_8")
+    text = f"`{facts['command']}`, and so on: share of episodes that reach their goal at the last evaluation; "
+    text += f"{same_facts([name for curves in panels.values() for name in curves.values()])}; "
+    text += "one panel again: `python results/runs.py point_depth.u4`."
+    return f"{text}\n\n{table(['maze', 'evaluation', *panels['u']], rows)}"
+
+
+def choices_table(root: str) -> str:
+    panels = FIGURES["point_choices"].panels
+    rows = [
+        [
+            panel,
+            f"{label} ([CSV]({root}results/{name}.csv))",
+            *(entry(last(read(name), metric)) for metric in SUCCESS),
+        ]
+        for panel, curves in panels.items()
+        for label, name in curves.items()
+    ]
+    text = f"`{made('point_u4_maze_depth_4')['command']}` and one flag changed; "
+    text += f"{same_facts([name for curves in panels.values() for name in curves.values()])}."
+    return f"{text}\n\n{table(['', 'choice', *SUCCESS.values()], rows)}"
+
+
+def same_facts(names: list[str]) -> str:
+    """Seeds, steps, device and commits of runs that were made together."""
+    facts, curves = [made(name) for name in names], [read(name) for name in names]
+    (seeds,) = {len(np.unique(curve["seed"])) for curve in curves}
+    (steps,) = {int(curve["env_steps"].max()) for curve in curves}
+    (device,) = {fact["device"] for fact in facts}
+    commits = ", ".join(sorted({fact["commit"][:7] for fact in facts}))
+    return f"{seeds} seeds, {steps:,} environment steps each; {device}; commit {commits}"
+
+
+def minicraft_table(root: str) -> str:
+    metrics, panels = FIGURES["minicraft"]
+    rows = [
+        [
+            f"`{made(name)['command'].removeprefix('python algorithms/')}` ([CSV]({root}results/{name}.csv))",
+            label,
+            *(entry(last(read(name), metric)) for metric in metrics),
+        ]
+        for label, name in panels["parts"].items()
+    ]
+    text = f"{same_facts(list(panels['parts'].values()))}."
+    return f"{text}\n\n{table(['command', 'what', *metrics.values()], rows)}"
+
+
+def adaptation_table(root: str) -> str:
+    rows = []
+    for family in FAMILIES:
+        for label, (file, metric) in ADAPTATION.items():
+            name = file.format(family)
+            scaled = last(normalised(family, name, metric), metric)
+            command = made(name)["command"].removeprefix("python algorithms/")
+            rows.append([
+                family, label, f"`{command}` ([CSV]({root}results/{name}.csv))",
+                entry(last(read(name), metric)), "1" if label == "told the goal" else entry(scaled),
+            ])  # fmt: skip
+    names = [file.format(family) for family in FAMILIES for file, _ in ADAPTATION.values()]
+    text = f"{same_facts(names)}."
+    header = ["family", "agent", "command", "return on held-out goals", "0: random policy, 1: told the goal"]
+    return f"{text}\n\n{table(header, rows)}"
+
+
+DEPTH = {
+    "depth": "depth", "parameters": "parameters", "compile_s": "compile, s", "step_ms": "gradient step, ms",
+    "gradient_steps_per_s": "gradient steps/s", "temporary_mb": "XLA temporaries, MB", "peak_mb": "peak memory, MB",
+}  # fmt: skip
+SCRIPTS = {
+    "script": "script", "env": "environment", "compile_s": "compile, s", "env_steps_per_s": "environment steps/s",
+    "gradient_steps_per_s": "gradient steps/s", "peak_mb": "peak memory, MB",
+}  # fmt: skip
+COLLECTION = {
+    "env": "environment", "num_envs": "copies", "compile_s": "compile, s", "env_steps_per_s": "environment steps/s",
+}  # fmt: skip
+RATIOS = {"what: ours / the other": "ours / the other", "ours": "ours", "other": "other", "other/ours": "other / ours"}
+UPDATE = {
+    "setting": "setting", "variant": "variant", "compile_s": "compile, s", "step_ms": "ms",
+    "ratio": "against crl.py as it is", "kernels": "kernels a step", "temporary_mb": "XLA temporaries, MB",
+}  # fmt: skip
+
+
+def bench_table(name: str, titles: dict[str, str], root: str) -> str:
+    """The columns of results/NAME.csv that have titles, under them."""
+    (how,), rows = lines(name)
+    text = f"`{how.replace('; ', '`; ', 1)}; [CSV]({root}results/{name}.csv)."
+    return f"{text}\n\n{table(list(titles.values()), [[row[column] for column in titles] for row in rows])}"
+
+
+# ---- pages --------------------------------------------------------------------------------------------------------
+
+DRAWN = {
+    **{f"{name}.png": partial(draw_curves, name) for name in FIGURES},
+    "point_u_maze_value_map.png": draw_value_map,
+    "point_u_maze_trajectories.png": draw_trajectories,
+    "point_goal.png": draw_adaptation,
+    "cocoa_choices.png": draw_cocoa_choices,
+}
+"""File -> what draws it."""
+TABLES = {
+    "demo": demo_table,
+    "depth": depth_table,
+    "choices": choices_table,
+    "minicraft": minicraft_table,
+    "adaptation": adaptation_table,
+    "bench_depth": partial(bench_table, "bench_depth_cpu", DEPTH),
+    "bench_scripts": partial(bench_table, "bench_scripts_cpu", SCRIPTS),
+    "bench_envs": partial(bench_table, "bench_envs_cpu", COLLECTION),
+    "bench_ratios": partial(bench_table, "bench_ratios_cpu", RATIOS),
+    "bench_update": partial(bench_table, "bench_update_cpu", UPDATE),
+}
+"""Name in a page's comment -> what writes what follows it; takes the way from the page to the top folder."""
+SPOT = re.compile(r"(<!-- results/figures\.py: (\w+) -->\n).*?(\n<!-- end -->)", re.S)
+
+
+def page(text: str, root: str) -> str:
+    """A page with its tables written anew."""
+    return SPOT.sub(lambda spot: spot[1] + TABLES[spot[2]](root) + spot[3], text)
+
+
+def main() -> None:
+    matplotlib.use("agg")
+    check = sys.argv[1:] == ["--check"]
+    if sys.argv[1:] and not check:
+        raise SystemExit(f"error: {' '.join(sys.argv[1:])!r}; figures.py takes --check or nothing")
+    contents = {HERE / name: draw for name, draw in DRAWN.items()}
+    for name in PAGES:
+        path = HERE.parent / name
+        text = lambda path=path, name=name: page(path.read_text(), "../" * name.count("/")).encode()
+        contents[path] = text
+    differ = 0
+    for path, content in contents.items():
+        new = content()
+        same = path.exists() and path.read_bytes() == new
+        differ += not same
+        print(f"{'same   ' if same else 'differs' if check else 'redrawn'} {path.relative_to(HERE.parent)}", flush=True)
+        if not same and not check:
+            path.write_bytes(new)
+    if check and differ:
+        raise SystemExit(f"error: {differ} of {len(contents)} differ from the CSVs; make figures redraws them")
 
 
 if __name__ == "__main__":
-    matplotlib.use("agg")
-    if sys.argv[1:2] == ["publish"]:
-        publish(*sys.argv[2:])
-    else:
-        for figure_name in FIGURES:
-            draw(figure_name)
-        draw_adaptation()
-        draw_choices()
+    main()

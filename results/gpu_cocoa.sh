@@ -5,7 +5,7 @@
 #   bash results/gpu_cocoa.sh OUT [FLAG...]
 #   FAMILIES=half_cheetah_vel SECONDS_EACH=280 bash results/gpu_cocoa.sh OUT --seed 1
 # Wall-clock per million gradient steps: in OUT/*/metrics.csv, (seconds - compile_seconds) / gradient_steps.
-# Afterwards: python results/figures.py publish NAME OUT/half_cheetah_vel_cocoa
+# Afterwards: python results/runs.py publish NAME OUT/half_cheetah_vel_cocoa
 set -euo pipefail
 out=$(realpath "$1")
 shift

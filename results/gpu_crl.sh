@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
-# The GPU figures, in calls of at most 10 minutes: tables of results/bench_*_gpu.csv; of results/tasks_gpu.csv, the paper's ten
-# tasks; then a learning curve of ENV for as long as the call lasts; the same call again goes on with it. Results go to OUT.
-#   bash results/gpu_crl.sh bench OUT
-#   bash results/gpu_crl.sh tasks OUT
-#   bash results/gpu_crl.sh curve OUT ENV [RUN_FOLDER_OF_AN_EARLIER_CALL]
+# The GPU figures, in calls of at most 10 minutes; results go to OUT.
+#   bash results/gpu_crl.sh bench OUT     bench_depth, bench_scripts and bench_envs of results/ (batch 512; 512 copies)
+#   bash results/gpu_crl.sh update OUT    bench_update: ways to compute a gradient step, kernels counted; then bench_ratios
+#   bash results/gpu_crl.sh tasks OUT     tasks_gpu.csv, the paper's ten tasks
+#   bash results/gpu_crl.sh curve OUT ENV DEPTH [RUN_FOLDER_OF_AN_EARLIER_CALL]
+# curve: learning for as long as the call lasts; with its run folder, the next call goes on. Afterwards:
+#   python results/runs.py publish ENV_depth_DEPTH OUT/ENV_DEPTH
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:${PYTHONPATH:-}"
 case "$1" in
 bench)
-    timeout 570 python3 results/bench_crl.py | tee "$2/bench.txt" || [ $? -eq 124 ]
+    timeout 570 python3 results/bench.py | tee "$2/bench.txt" || [ $? -eq 124 ]
+    cp results/bench_*_gpu.csv "$2/"
+    ;;
+update)
+    (timeout 300 python3 results/bench_update.py && timeout 270 python3 results/bench_ratios.py) | tee "$2/update.txt" || [ $? -eq 124 ]
     cp results/bench_*_gpu.csv "$2/"
     ;;
 tasks)
@@ -17,9 +23,8 @@ tasks)
     cp results/tasks_gpu.csv "$2/"
     ;;
 curve)
-    if [ -n "${4:-}" ]; then set -- "$1" "$2" "$3" --resume "$4"; else set -- "$1" "$2" "$3" --run_dir "$2/$3"; fi
+    if [ -n "${5:-}" ]; then where=(--resume "$5"); else where=(--run_dir "$2/$3_$4" --env "$3" --depth "$4" --checkpoint_replay=false); fi
     # SIGTERM finishes the chunk and saves; without the replay a checkpoint is a few MB
-    timeout --signal TERM 540 python3 algorithms/crl.py --env "$3" --depth 16 --checkpoint_replay=false "${@:4}" ||
-        { code=$?; [ $code -eq 124 ] || [ $code -eq 143 ]; }
+    timeout --signal TERM 540 python3 algorithms/crl.py "${where[@]}" || { code=$?; [ $code -eq 124 ] || [ $code -eq 143 ]; }
     ;;
 esac

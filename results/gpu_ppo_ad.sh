@@ -6,7 +6,7 @@
 #   RUNS=runs/gpu1 bash results/gpu_ppo_ad.sh OUT --seed 1 --dtype bfloat16
 #   RUNS=runs/crafter bash results/gpu_ppo_ad.sh OUT --env crafter
 #   SECONDS_EACH=450 ONLY=distilled bash results/gpu_ppo_ad.sh OUT
-# Afterwards: python results/figures.py publish NAME runs/gpu/plain (or OUT/plain)
+# Afterwards: python results/runs.py publish NAME runs/gpu/plain (or OUT/plain)
 set -euo pipefail
 out=$(realpath "$1")
 shift

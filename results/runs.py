@@ -18,9 +18,16 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 import figures
+from algorithms import crl
+from shared import run
 
 HERE = Path(__file__).parent
 FOLDER = Path("runs/published")
@@ -69,6 +76,8 @@ RUNS = {
 }
 """Name of the CSV -> the command, a script of algorithms/ and its flags."""
 
+PICTURES = ("point_u_maze",)
+"""Runs whose pictures are shown too."""
 KEPT = ("train/return", "train/episode_length", "train/episodes", "train/score")
 """Columns of training that are published too."""
 
@@ -90,6 +99,33 @@ def publish(name: str, folder) -> None:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def publish_pictures(name: str, folder) -> None:
+    """Writes what the pictures of a run of crl.py show, of its first seed, to results/NAME.json: the paths of eight
+    episodes, and the critic's values for three goals."""
+    config = run.configure(crl.Config, crl.RECIPES, crl.__doc__, ["crl.py", "--resume", str(folder)])
+    env, far = crl.make_envs(config)
+    keys = jax.vmap(jax.random.key)(config.seed + jnp.arange(config.num_seeds))
+    shapes = jax.eval_shape(jax.vmap(partial(crl.init, config, env)), keys)
+    with run.Run(config, "crl") as log:
+        state, _ = log.restore(shapes)
+    state = jax.tree.map(lambda x: x[0], state._replace(replay=None))
+    states, sampled = crl.eight_episodes(config, env, far, state.actor)
+    goals = crl.three_goals(far or env)
+    x, y, maps = crl.value_map(config, env, state, jnp.asarray(goals))
+    rounded = lambda x: np.where(np.isnan(x), None, np.round(np.asarray(x, float), 3)).tolist()
+    shown = {
+        "made": provenance(folder),
+        "tracks": rounded(env.achieved_goal(jnp.asarray(states.observation))[..., :2]),
+        "track_goals": rounded(states.goal[:, 0, :2]),
+        "sampled": sampled.tolist(),
+        "goals": rounded(goals),
+        "x": rounded(x),
+        "y": rounded(y),
+        "maps": rounded(maps),
+    }
+    (HERE / f"{name}.json").write_text(json.dumps(shown) + "\n")
 
 
 def train(command: str, folder: Path, name: str) -> None:
@@ -114,14 +150,14 @@ def choose(names: list[str]) -> list[str]:
     groups = {name: [name] for name in RUNS}
     for name, figure in figures.FIGURES.items():
         panels = {f"{name}.{panel}": list(curves.values()) for panel, curves in figure.panels.items()}
-        groups |= {name: [*groups.get(name, []), *(run for runs in panels.values() for run in runs)], **panels}
+        groups |= {name: [*groups.get(name, []), *(known for runs in panels.values() for known in runs)], **panels}
     for name in names:
         if name not in groups:
             near = difflib.get_close_matches(name, groups, n=3, cutoff=0.4)
             raise SystemExit(
                 f"error: no run, figure or panel is named {name!r}; near it: {', '.join(near) or 'nothing'}"
             )
-    return [run for run in RUNS if any(run in groups[name] for name in names)]
+    return [known for known in RUNS if any(known in groups[name] for name in names)]
 
 
 def main() -> None:
@@ -135,6 +171,8 @@ def main() -> None:
     def redo(name):
         train(RUNS[name], (FOLDER / name).resolve(), name)
         publish(name, (FOLDER / name).resolve())
+        if name in PICTURES:
+            publish_pictures(name, (FOLDER / name).resolve())
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(redo, choose(names)))

@@ -1,0 +1,188 @@
+"""How fast the scripts are: the first part of `make bench`, about 6 minutes on 2 cores.
+
+    python results/bench.py
+
+Writes, with DEVICE cpu or gpu:
+  bench_depth_DEVICE.csv    a gradient step of crl.py (critic, actor and alpha) at five depths
+  bench_scripts_DEVICE.csv  each script with its default settings: data collection alone, gradient steps alone
+  bench_envs_DEVICE.csv     data collection of crl.py in several environments
+Each row of the first two has a process of its own, so that its peak memory is its own. Rates are from medians, and
+compile time (tracing, lowering, compiling) is apart.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes of one GPU share its memory
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import envs
+import measure
+from algorithms import cocoa, crl, ppo_ad
+from envs.base import Env
+from shared import networks, run
+from shared import replay as buffer
+
+DEPTHS = (4, 16, 64, 256, 1024)
+ON_GPU = jax.default_backend() == "gpu"
+BATCH, WIDTH = 512 if ON_GPU else 256, 256
+NUM_ENVS = 512 if ON_GPU else 64
+
+
+class Humanoid(Env):
+    """The sizes of the paper's humanoid; a gradient step asks for nothing else."""
+
+    observation_size, action_size, goal_indices = 268, 17, (0, 1, 2)
+    reset = step = sample_goal = render = None
+
+
+def gradient_step_inputs(depth: int, **settings) -> tuple[crl.Config, Env, crl.TrainState]:
+    """What crl.update needs, its replay filled with noise of the humanoid's sizes."""
+    config = crl.Config(
+        depth=depth, num_envs=8, min_replay_size=62, max_replay_size=1000,
+        **{"batch_size": BATCH, "width": WIDTH, **settings},
+    )  # fmt: skip
+    env = Humanoid()
+    actor, critic = crl.make_networks(config, env, jax.random.key(0))
+    row = crl.Row(jnp.zeros(268), jnp.zeros(17), jnp.zeros(3))
+    replay = buffer.init(row, 1000, config.num_envs)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1000, 8, *x.shape), x.dtype), row)
+    noise = jax.tree.map(lambda s: jax.random.normal(jax.random.key(1), s.shape), shapes)
+    replay = buffer.add(replay, noise, jnp.zeros((1000, 8), bool))
+    log_alpha = jnp.zeros(())
+    state = crl.TrainState(
+        actor, critic, log_alpha, crl.adam(config, 3e-4).init(actor), crl.adam(config, 3e-4).init(critic),
+        crl.adam(config, 3e-4).init(log_alpha), replay, None, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32),
+        jax.random.key(2),
+    )  # fmt: skip
+    return config, env, state
+
+
+def one_depth(depth: int) -> dict:
+    config, env, state = gradient_step_inputs(depth)
+    parameters = networks.count_parameters((state.actor, state.critic))
+    step = jax.jit(partial(crl.update, config, env), donate_argnums=0)
+    compile_seconds, step = measure.compiled(step, state, jax.random.key(0))
+    times = []
+    for i in range((20 if depth <= 64 else 5 if depth == 256 else 3) + 1):
+        seconds, (state, info) = measure.timed(step, state, jax.random.key(i))
+        times.append(seconds)
+    assert all(np.isfinite(x) for x in info.values()), "a loss is not finite"
+    seconds = float(np.median(times[1:]))
+    return {
+        "depth": depth,
+        "parameters": f"{parameters:,}",
+        "compile_s": f"{compile_seconds:.1f}",
+        "step_ms": f"{1e3 * seconds:.1f}",
+        "gradient_steps_per_s": f"{1 / seconds:.3g}",
+        "temporary_mb": f"{step.memory_analysis().temp_size_in_bytes / 1e6:.0f}",
+        "peak_mb": f"{measure.peak_memory() / 1e6:.0f}",
+    }
+
+
+def phases(script) -> tuple[str, dict, object]:
+    """The default environment of a script; its phases, jitted functions of a state, with how many environment steps or
+    gradient steps each takes (the auxiliary phase of ppo_ad.py is not among them); and a state."""
+    config = run.configure(script.Config, script.RECIPES, script.__doc__, [script.__name__])
+    keys = jax.vmap(jax.random.key)(jnp.arange(1))
+    jitted = lambda function: jax.jit(run.over_seeds(1, function), donate_argnums=0)
+    if script is ppo_ad:
+        vector = ppo_ad.make_env(config).vectorise(config.num_envs, config.episode_length)
+        state = jax.jit(run.over_seeds(1, partial(ppo_ad.init, config, vector)))(keys)
+
+        def collect(carry):
+            state, _ = carry
+            return state, ppo_ad.collect(config, vector, state.agent, state.normaliser, state.acting)
+
+        def learn(carry):
+            state, data = carry
+            return ppo_ad.learn(config, state, *data)[0], data
+
+        rollout = run.over_seeds(1, partial(ppo_ad.collect, config, vector))
+        data = jax.jit(rollout)(state.agent, state.normaliser, state.acting)
+        steps = ppo_ad.rollout_steps(config)
+        updates = config.update_epochs * config.num_minibatches
+        return config.env, {"collect": (jitted(collect), steps), "learn": (jitted(learn), updates)}, (state, data)
+    if script is crl:
+        env, _ = crl.make_envs(config)
+        state = jax.jit(run.over_seeds(1, partial(crl.init, config, env)))(keys)
+        steps, updates = crl.chunk_steps(config), config.updates_per_chunk
+    else:
+        env = cocoa.make_family(config)
+        begin = lambda key: cocoa.fill(config, env, cocoa.init(config, env, key))
+        state = jax.jit(run.over_seeds(1, begin))(keys)
+        steps, updates = config.tasks_per_iteration * cocoa.visit_steps(config), config.updates_per_iteration
+    collect = jitted(partial(script.collect, config, env))
+    learn = jitted(lambda state: script.learn(config, env, state)[0])
+    return config.env, {"collect": (collect, steps), "learn": (learn, updates)}, state
+
+
+def one_script(name: str) -> dict:
+    script = {"crl": crl, "ppo_ad": ppo_ad, "cocoa": cocoa}[name]
+    env, functions, state = phases(script)
+    compile_seconds, rates = 0.0, {}
+    for phase, (function, steps) in functions.items():
+        seconds, function = measure.compiled(function, state)
+        compile_seconds += seconds
+        times = []
+        for _ in range(6):
+            seconds, state = measure.timed(function, state)
+            times.append(seconds)
+        rates[phase] = f"{steps / float(np.median(times[1:])):,.0f}"
+    return {
+        "script": f"{name}.py",
+        "env": env,
+        "compile_s": f"{compile_seconds:.1f}",
+        "env_steps_per_s": rates["collect"],
+        "gradient_steps_per_s": rates["learn"],
+        "peak_mb": f"{measure.peak_memory() / 1e6:.0f}",
+    }
+
+
+def collection(name: str, steps: int) -> dict:
+    """Compile seconds and environment steps per second of crl.py's data collection with depth-4 networks."""
+    config = crl.Config(env=name, num_envs=NUM_ENVS, unroll_length=steps, max_replay_size=1000, min_replay_size=steps)
+    env = envs.make(name)
+    state = jax.jit(partial(crl.init, config, env))(jax.random.key(0))
+    compile_seconds, chunk = measure.compiled(jax.jit(partial(crl.collect, config, env), donate_argnums=0), state)
+    times = []
+    for _ in range(6):
+        seconds, state = measure.timed(chunk, state)
+        times.append(seconds)
+    rate = NUM_ENVS * steps / float(np.median(times[1:]))
+    return {"env": name, "num_envs": NUM_ENVS, "compile_s": f"{compile_seconds:.1f}", "env_steps_per_s": f"{rate:,.0f}"}
+
+
+def alone(*arguments: str) -> dict:
+    """The row that this script measures for these arguments, in a process of its own."""
+    child = [sys.executable, __file__, *arguments]
+    done = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
+    row = json.loads(done.stdout.splitlines()[-1])
+    print(row, flush=True)
+    return row
+
+
+def main() -> None:
+    if len(sys.argv) > 1:  # the child process of one row
+        what, argument = sys.argv[1:]
+        print(json.dumps(one_depth(int(argument)) if what == "depth" else one_script(argument)))
+        return
+    device = jax.default_backend()
+    sizes = f"batch {BATCH}, width {WIDTH}, humanoid sizes"
+    print(measure.facts(), flush=True)
+    rows = [alone("depth", str(depth)) for depth in DEPTHS]
+    measure.write(f"bench_depth_{device}", f"python results/bench.py; {measure.facts(sizes)}", rows)
+    rows = [alone("script", name) for name in ("crl", "ppo_ad", "cocoa")]
+    measure.write(f"bench_scripts_{device}", f"python results/bench.py; {measure.facts()}", rows)
+    rows = [collection(name, 20) for name in ("point_u_maze", "ant", "ant_u_maze", "ant_u4_maze")]
+    measure.write(f"bench_envs_{device}", f"python results/bench.py; {measure.facts('depth 4, width 256')}", rows)
+
+
+if __name__ == "__main__":
+    main()

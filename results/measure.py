@@ -1,0 +1,59 @@
+"""What the scripts that measure speed share: clocks, memory, and a CSV whose first line says how it was made."""
+
+import csv
+import platform
+import resource
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from shared import run
+
+HERE = Path(__file__).parent
+
+
+def facts(more: str = "") -> str:
+    """Device, versions, commit; and `more`."""
+    return "; ".join(filter(None, (f"{run.device_name()}, {run.commit()}, Python {platform.python_version()}", more)))
+
+
+def timed(function, *args):
+    """Seconds until the result is there, and the result."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*args))
+    return time.perf_counter() - start, result
+
+
+def compiled(function, *args):
+    """Seconds of tracing, lowering and compiling a jitted function for these arguments, and the compiled one."""
+    start = time.perf_counter()
+    program = function.lower(*args).compile()
+    return time.perf_counter() - start, program
+
+
+def interleaved(functions: dict[str, callable], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds (rounds,) of functions without arguments, called in turns after one call of each."""
+    seconds = [[timed(function)[0] for function in functions.values()] for _ in range(rounds + 1)]
+    return dict(zip(functions, np.transpose(seconds[1:])))
+
+
+def peak_memory() -> int:
+    """Bytes: the most this process held, on the GPU where there is one."""
+    if jax.default_backend() == "gpu":
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write(name: str, how: str, rows: list[dict]) -> None:
+    """Writes results/NAME.csv, `how` it was made in a comment on top, and prints it as a table."""
+    with (HERE / f"{name}.csv").open("w", newline="") as file:
+        file.write(f"# {how}\n")
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    width = {k: max(len(str(row[k])) for row in [{k: k}, *rows]) for k in rows[0]}
+    for row in [dict(zip(width, width)), {k: "-" * n for k, n in width.items()}, *rows]:
+        print("| " + " | ".join(str(row[k]).ljust(n) for k, n in width.items()) + " |")
+    print(flush=True)

@@ -1,0 +1,94 @@
+"""The README's own instructions, followed to the letter in a copy of the repository."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TINY = (
+    "--total_env_steps 1200 --num_envs 8 --episode_length 20 --unroll_length 20 --min_replay_size 40 "
+    "--max_replay_size 60 --updates_per_chunk 2 --batch_size 16 --width 16 --num_eval_envs 4"
+)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    for folder in ("algorithms", "envs", "shared"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "pictures"))
+    return tmp_path
+
+
+def section(title: str) -> str:
+    return re.search(rf"^## {title}\n(.*?)^## ", README, re.M | re.S)[1]
+
+
+def command_in(text: str) -> list[str]:
+    """The one command `python algorithms/...` that a section gives."""
+    (command,) = re.findall(r"`python (algorithms/[^`]+)`", text)
+    return command.split()
+
+
+def run_in(clone: Path, command: list[str], *flags: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(clone)}
+    done = subprocess.run(
+        [sys.executable, *command, *TINY.split(), *flags],
+        cwd=clone, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def apply(diff: str, text: str) -> str:
+    """Applies a diff without line numbers: `...` lies between places, each of which is found once."""
+    for place in diff.split("...\n"):
+        rows = place.splitlines()
+        old = "".join(row[1:] + "\n" for row in rows if row[:1] in "- ")
+        new = "".join(row[1:] + "\n" for row in rows if row[:1] in "+ ")
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def test_a_fork_with_another_energy_takes_under_ten_lines_and_trains(clone):
+    text = section("Forking")
+    (diff,) = re.findall(r"```diff\n(.*?)```", text, re.S)
+    assert sum(line[0] in "+-" for line in diff.splitlines()) < 10
+    (copied,) = re.findall(r"`(cp [^`]+)`", text)
+    subprocess.run(copied.split(), cwd=clone, check=True)
+    fork = clone / "algorithms/my_crl.py"
+    fork.write_text(apply(diff, fork.read_text()))
+    assert "reached the goal" in run_in(clone, command_in(text), "--run_dir", "run")
+    check = """
+import numpy as np
+from algorithms import my_crl
+phi, psi = np.random.default_rng(0).normal(size=(2, 5, 3)).astype("float32")
+logits = [[-sum(abs(a - b) for a, b in zip(x, y)) for y in psi] for x in phi]
+np.testing.assert_allclose(my_crl.pairwise_energy(phi, psi, "l1"), logits, rtol=1e-5)
+np.testing.assert_allclose(my_crl.energy(phi, psi, "l1"), np.diag(logits), rtol=1e-5)
+"""
+    subprocess.run([sys.executable, "-c", check], cwd=clone, env={**os.environ, "PYTHONPATH": str(clone)}, check=True)
+
+
+def test_a_maze_that_is_drawn_exists_for_every_robot_and_trains(clone):
+    text = section("Adding a maze")
+    (drawing,) = re.findall(r"```\n(    \".*?)```", text, re.S)
+    path = clone / "envs/mazes.py"
+    mazes = path.read_text()
+    assert mazes.count("DRAWINGS = {\n") == 1
+    path.write_text(mazes.replace("DRAWINGS = {\n", "DRAWINGS = {\n" + drawing))
+    out = run_in(clone, command_in(text), "--run_dir", "run")
+    assert "reached the goal" in out
+    assert (clone / "run/value_map.png").exists()
+    check = """
+import envs
+for robot in ("point", "ant", "humanoid"):
+    maze = envs.make(f"{robot}_zigzag").maze
+    assert maze.cells == ("#######", "#R.#GG#", "#.GG#.#", "#######"), maze
+"""
+    subprocess.run([sys.executable, "-c", check], cwd=clone, env={**os.environ, "PYTHONPATH": str(clone)}, check=True)
