@@ -69,20 +69,17 @@ def one_depth(depth: int) -> dict:
     parameters = networks.count_parameters((state.actor, state.critic))
     step = jax.jit(partial(crl.update, config, env), donate_argnums=0)
     compile_seconds, step = measure.compiled(step, state, jax.random.key(0))
-    times = []
-    for i in range((20 if depth <= 64 else 5 if depth == 256 else 3) + 1):
-        seconds, (state, info) = measure.timed(step, state, jax.random.key(i))
-        times.append(seconds)
+    rounds = 21 if depth <= 64 else 6 if depth == 256 else 4
+    seconds, (_, info) = measure.repeated(lambda carry: step(carry[0], jax.random.key(1)), (state, None), rounds)
     assert all(np.isfinite(x) for x in info.values()), "a loss is not finite"
-    seconds = float(np.median(times[1:]))
     return {
         "depth": depth,
-        "parameters": f"{parameters:,}",
-        "compile_s": f"{compile_seconds:.1f}",
-        "step_ms": f"{1e3 * seconds:.1f}",
-        "gradient_steps_per_s": f"{1 / seconds:.3g}",
-        "temporary_mb": f"{step.memory_analysis().temp_size_in_bytes / 1e6:.0f}",
-        "peak_mb": f"{measure.peak_memory() / 1e6:.0f}",
+        "parameters": parameters,
+        "compile_s": round(compile_seconds, 1),
+        "step_ms": round(1e3 * seconds, 1),
+        "gradient_steps_per_s": round(1 / seconds, 2),
+        "temporary_mb": round(step.memory_analysis().temp_size_in_bytes / 1e6),
+        "peak_mb": round(measure.peak_memory() / 1e6),
     }
 
 
@@ -130,18 +127,15 @@ def one_script(name: str) -> dict:
     for phase, (function, steps) in functions.items():
         seconds, function = measure.compiled(function, state)
         compile_seconds += seconds
-        times = []
-        for _ in range(6):
-            seconds, state = measure.timed(function, state)
-            times.append(seconds)
-        rates[phase] = f"{steps / float(np.median(times[1:])):,.0f}"
+        seconds, state = measure.repeated(function, state)
+        rates[phase] = round(steps / seconds)
     return {
         "script": f"{name}.py",
         "env": env,
-        "compile_s": f"{compile_seconds:.1f}",
+        "compile_s": round(compile_seconds, 1),
         "env_steps_per_s": rates["collect"],
         "gradient_steps_per_s": rates["learn"],
-        "peak_mb": f"{measure.peak_memory() / 1e6:.0f}",
+        "peak_mb": round(measure.peak_memory() / 1e6),
     }
 
 
@@ -151,37 +145,33 @@ def collection(name: str, steps: int) -> dict:
     env = envs.make(name)
     state = jax.jit(partial(crl.init, config, env))(jax.random.key(0))
     compile_seconds, chunk = measure.compiled(jax.jit(partial(crl.collect, config, env), donate_argnums=0), state)
-    times = []
-    for _ in range(6):
-        seconds, state = measure.timed(chunk, state)
-        times.append(seconds)
-    rate = NUM_ENVS * steps / float(np.median(times[1:]))
-    return {"env": name, "num_envs": NUM_ENVS, "compile_s": f"{compile_seconds:.1f}", "env_steps_per_s": f"{rate:,.0f}"}
+    seconds, _ = measure.repeated(chunk, state)
+    rate = round(NUM_ENVS * steps / seconds)
+    return {"env": name, "num_envs": NUM_ENVS, "compile_s": round(compile_seconds, 1), "env_steps_per_s": rate}
 
 
 def alone(*arguments: str) -> dict:
     """The row that this script measures for these arguments, in a process of its own."""
     child = [sys.executable, __file__, *arguments]
     done = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
-    row = json.loads(done.stdout.splitlines()[-1])
-    print(row, flush=True)
-    return row
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    if len(sys.argv) > 1:  # the child process of one row
+    if len(sys.argv) == 3 and sys.argv[1] in ("depth", "script"):  # the child process of one row
         what, argument = sys.argv[1:]
         print(json.dumps(one_depth(int(argument)) if what == "depth" else one_script(argument)))
         return
-    device = jax.default_backend()
-    sizes = f"batch {BATCH}, width {WIDTH}, humanoid sizes"
-    print(measure.facts(), flush=True)
-    rows = [alone("depth", str(depth)) for depth in DEPTHS]
-    measure.write(f"bench_depth_{device}", f"python results/bench.py; {measure.facts(sizes)}", rows)
-    rows = [alone("script", name) for name in ("crl", "ppo_ad", "cocoa")]
-    measure.write(f"bench_scripts_{device}", f"python results/bench.py; {measure.facts()}", rows)
-    rows = [collection(name, 20) for name in ("point_u_maze", "ant", "ant_u_maze", "ant_u4_maze")]
-    measure.write(f"bench_envs_{device}", f"python results/bench.py; {measure.facts('depth 4, width 256')}", rows)
+    if sys.argv[1:]:
+        raise SystemExit(__doc__)
+    how, device = f"python results/bench.py; {measure.facts()}", jax.default_backend()
+    print(how, flush=True)
+    sizes = f"{how}; batch {BATCH}, width {WIDTH}, humanoid sizes"
+    measure.measured(f"bench_depth_{device}", sizes, [partial(alone, "depth", str(depth)) for depth in DEPTHS])
+    scripts = [partial(alone, "script", name) for name in ("crl", "ppo_ad", "cocoa")]
+    measure.measured(f"bench_scripts_{device}", how, scripts)
+    names = "point_u_maze", "ant", "ant_u_maze", "ant_u4_maze"
+    measure.measured(f"bench_envs_{device}", f"{how}; depth 4, width 256", [partial(collection, n, 20) for n in names])
 
 
 if __name__ == "__main__":

@@ -12,26 +12,20 @@ worlds for all copies when any has ended; and craftax's own automatic reset, whi
 Rates are medians over the rounds, ratios medians of the rounds' ratios; compile time is not in them.
 """
 
-import csv
 import importlib.metadata
-import platform
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_crl import timed
 
 import envs
+import measure
 from envs.base import AchievementEnv, VectorEnv
-from shared import run
 
-HERE = Path(__file__).parent
-FACTS = f"{run.device_name()}, craftax {importlib.metadata.version('craftax')}, {run.commit()}, "
-FACTS += f"Python {platform.python_version()}"
+FACTS = measure.facts(f"craftax {importlib.metadata.version('craftax')}")
 LIMIT = 10_000
 """The time limit of Crafter's episodes, in steps."""
 BATCH, BATCHES = 192, 4
@@ -175,7 +169,7 @@ def speed(kind: str, num_envs: int) -> dict:
     seconds, ends = {way: [] for way in ways}, dict.fromkeys(ways, 0)
     for i in range(ROUNDS + 1):
         for way in ways:
-            taken, (states[way], (_, ended)) = timed(compiled[way], states[way], keys[i])
+            taken, (states[way], (_, ended)) = measure.timed(compiled[way], states[way], keys[i])
             if i:  # the first round is a rehearsal
                 seconds[way].append(taken)
                 ends[way] += int(ended.sum())
@@ -191,11 +185,7 @@ def speed(kind: str, num_envs: int) -> dict:
 
 
 def write(argument: str, name: str, what: str, rows: list[dict]) -> None:
-    with (HERE / f"{name}.csv").open("w", newline="") as file:
-        file.write(f"# python results/bench_crafter.py {argument}; {FACTS}; {what}\n")
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    measure.write(name, f"python results/bench_crafter.py {argument}; {FACTS}; {what}", rows)
 
 
 def main():

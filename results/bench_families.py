@@ -12,15 +12,12 @@ position from C MuJoCo (float64, with the model's solver settings) 5 control ste
 the median over 16 copies.
 """
 
-import csv
 import io
-import platform
 import sys
 import time
 import warnings
 from contextlib import redirect_stdout
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +25,13 @@ import mujoco
 import numpy as np
 
 import envs
+import measure
 from algorithms import cocoa
 from envs import mjx_physics, spring
 from envs.mjx_physics import Physics, mjx
 from shared import run
 
-HERE = Path(__file__).parent
-FACTS = f"{run.device_name()}, {run.commit()}, Python {platform.python_version()}"
+FACTS = measure.facts()
 NUM_ENVS, CHUNK = 64, 20
 BODIES = {"half_cheetah_dir": "half_cheetah", "ant_dir": "ant", "humanoid_dir": "humanoid", "walker_params": "walker2d"}
 """Families whose physics are compared -> brax's file."""
@@ -177,11 +174,7 @@ def reference(env, state, controls, i: int, substeps: int) -> np.ndarray:
 
 
 def write(table: str, rows: list[dict]) -> None:
-    with (HERE / f"{table}.csv").open("w", newline="") as file:
-        file.write(f"# python {' '.join(['results/bench_families.py', *sys.argv[1:]])}; {FACTS}\n")
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    measure.write(table, f"python {' '.join(['results/bench_families.py', *sys.argv[1:]])}; {FACTS}", rows)
 
 
 def main():

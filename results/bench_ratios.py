@@ -1,11 +1,11 @@
-"""The designs of crl.py against the naive ones, in turns in one process: the second part of `make bench`.
+"""The designs of crl.py against others, the naive ones among them: the second part of `make bench`.
 
     python results/bench_ratios.py        about 5 minutes on 2 cores; writes bench_ratios_DEVICE.csv
 
-Each time is a median, each ratio the median of the rounds' ratios.
+Both are called in turns in one process; each time is a median, each ratio the median of the rounds' ratios.
 """
 
-import time
+import sys
 from functools import partial
 
 import jax
@@ -14,50 +14,48 @@ import numpy as np
 
 import measure
 from algorithms import crl
-from bench_update import separate, stacked
+from bench import BATCH, WIDTH
+from bench_update import separate, stack, stacked
 from shared import networks
 from shared import replay as buffer
 
-ON_GPU = jax.default_backend() == "gpu"
-BATCH, WIDTH = 512 if ON_GPU else 256, 256
 
-
-def row(name: str, ours: str, other: str, quotient: float) -> dict:
-    return {"what: ours / the other": name, "ours": ours, "other": other, "other/ours": f"{quotient:.3g}"}
+def row(name: str, unit: str, seconds: dict[str, np.ndarray]) -> dict:
+    scale = {"ms": 1e3, "s": 1}[unit]
+    ours, other = (f"{scale * np.median(seconds[which]):.3g} {unit}" for which in ("ours", "other"))
+    quotient = float(np.median(seconds["other"] / seconds["ours"]))
+    return {"ours, against the other": name, "ours": ours, "other": other, "other / ours": f"{quotient:.3g}"}
 
 
 def ratio(name, ours, other, rounds=7):
-    seconds = measure.interleaved({"ours": ours, "other": other}, rounds)
-    times = (f"{1e3 * np.median(seconds[which]):.3g} ms" for which in ("ours", "other"))
-    return row(name, *times, np.median(seconds["other"] / seconds["ours"]))
+    return row(name, "ms", measure.interleaved({"ours": ours, "other": other}, rounds))
 
 
 def unrolled(network, x):
     """A Python loop over the blocks, as the published networks are written."""
     x = network.stem(x)
-    for i in range(network.blocks.layers[0].dense.bias.shape[0]):
+    for i in range(len(network.blocks.layers.dense.bias)):
         x = jax.tree.map(lambda leaf, i=i: leaf[i], network.blocks)(x)
     return network.head(x)
 
 
-def compile_ratio(depth):
+def compile_ratio(depth, rounds=3):
     """Compile seconds of a gradient of one network: scanned against unrolled."""
+    network = networks.ResidualMLP(271, WIDTH, depth, 64, jax.random.key(0))
 
     def seconds(forward):
-        network = networks.ResidualMLP(271, WIDTH, depth, 64, jax.random.key(0))
-        x = jnp.zeros((BATCH, 271))
-        loss = lambda network: jnp.sum(jax.vmap(partial(forward, network))(x) ** 2)
-        start = time.perf_counter()
-        jax.jit(jax.grad(loss)).lower(network).compile()
-        return time.perf_counter() - start
+        loss = lambda network, x: jnp.sum(jax.vmap(partial(forward, network))(x) ** 2)
+        jax.clear_caches()
+        return measure.compiled(jax.jit(jax.grad(loss)), network, jnp.zeros((BATCH, 271)))[0]
 
-    ours, naive = seconds(lambda network, x: network(x)), seconds(unrolled)
-    name = f"compile one network's gradient, depth {depth}: scan / layers unrolled in Python"
-    return row(name, f"{ours:.3g} s", f"{naive:.3g} s", naive / ours)
+    forwards = {"ours": lambda network, x: network(x), "other": unrolled}
+    times = [[seconds(forward) for forward in forwards.values()] for _ in range(rounds)]
+    name = f"compile one network's gradient, depth {depth}: scanned, against layers unrolled in Python"
+    return row(name, "s", dict(zip(forwards, np.transpose(times))))
 
 
 def unrolled_ratio(depth):
-    """A gradient of one network: scanned against unrolled, the latter keeps everything, as published."""
+    """A gradient of one network: scanned, of each block only the products kept, against unrolled as published."""
     network = networks.ResidualMLP(271, WIDTH, depth, 64, jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (BATCH, 271))
 
@@ -65,7 +63,7 @@ def unrolled_ratio(depth):
         loss = lambda network: jnp.sum(jax.vmap(partial(forward, network))(x) ** 2)
         return partial(jax.jit(jax.grad(loss)), network)
 
-    name = f"gradient of one network, depth {depth}: scan / layers unrolled in Python"
+    name = f"gradient of one network, depth {depth}: scanned, against unrolled in Python (which keeps everything)"
     return ratio(name, gradient(lambda network, x: network(x)), gradient(unrolled))
 
 
@@ -79,7 +77,9 @@ def remat_ratio(depth, naive):
         loss = lambda network: jnp.sum(jax.vmap(network)(x) ** 2)
         return partial(jax.jit(jax.grad(loss)), network)
 
-    return ratio(f"gradient of one network, depth {depth}: remat=dots / {naive}", gradient("dots"), gradient(naive))
+    return ratio(
+        f"gradient of one network, depth {depth}: --remat dots, against {naive}", gradient("dots"), gradient(naive)
+    )
 
 
 def logits_ratio(batch):
@@ -92,7 +92,7 @@ def logits_ratio(batch):
         loss = lambda phi, psi: crl.contrastive_loss(logits(phi, psi), "fwd_infonce")
         return partial(jax.jit(jax.grad(loss, (0, 1))), phi, psi)
 
-    name = f"logits and loss gradient, batch {batch}: matrix product / batch x batch x 64 differences"
+    name = f"gradient of the loss by logits, batch {batch}: one matrix product, against all differences"
     return ratio(name, gradient(partial(crl.pairwise_energy, kind="norm")), gradient(naive))
 
 
@@ -114,11 +114,15 @@ def replay_ratio(rows=10_000, num_envs=128, size=30, unroll=62):
         data["rolled"] = roll(data["rolled"], new)
         return data["rolled"]
 
-    return ratio(f"insert {unroll} steps, replay {rows} x {num_envs} x {size}: ring / roll", ours, naive)
+    return ratio(
+        f"insert {unroll} steps, replay {rows} x {num_envs} x {size}: in place, against a rolled buffer", ours, naive
+    )
 
 
-def relabel_ratio(rows=2000, num_envs=32, size=30, window=1000, batch=256, batches=31):
-    """The tuples of one published window draw: closed form / a categorical over window x window weights."""
+def relabel_ratio(rows=2000, num_envs=32, size=30, window=1000, batch=256):
+    """The pairs of one published draw of windows: closed form / a categorical over window x window weights."""
+    pairs = num_envs * (window - 1)
+    batches = pairs // batch  # 124 of them, 224 pairs fewer than the windows have
     replay = buffer.init(jnp.zeros(size), rows, num_envs)
     data = jax.random.normal(jax.random.key(0), (rows, num_envs, size))
     replay = buffer.add(replay, data, jax.random.bernoulli(jax.random.key(1), 0.002, (rows, num_envs)))
@@ -145,7 +149,7 @@ def relabel_ratio(rows=2000, num_envs=32, size=30, window=1000, batch=256, batch
         starts = jax.random.randint(start_key, (num_envs,), 0, rows - window)
         return jax.vmap(one)(jnp.arange(num_envs), starts, jax.random.split(future_key, num_envs))
 
-    name = f"{batches * batch} relabelled pairs: closed form / windows of {window} and a categorical"
+    name = f"{batches * batch} relabelled pairs: closed form, against {num_envs} windows of {window} and a categorical"
     key = jax.random.key(2)
     return ratio(name, partial(ours, key), partial(naive, key), rounds=3)
 
@@ -156,36 +160,34 @@ def encoders_ratio(depth):
     pair = [networks.ResidualMLP(size, WIDTH, depth, 64, jax.random.key(size)) for size in sizes]
     inputs = [jax.random.normal(jax.random.key(size), (BATCH, size)) for size in sizes]
 
-    def gradient(through):
-        loss = lambda pair: sum(jnp.sum(y**2) for y in through(pair, inputs))
-        return partial(jax.jit(jax.grad(loss)), pair)
+    def gradient(through, parameters):
+        loss = lambda parameters: sum(jnp.sum(y**2) for y in through(parameters, inputs))
+        return partial(jax.jit(jax.grad(loss)), parameters)
 
-    name = f"gradient of two encoders, depth {depth}: separate / trunks stacked in one loop"
-    return ratio(name, gradient(separate), gradient(stacked))
+    name = f"gradient of two encoders, depth {depth}: separate, against trunks stacked in one loop"
+    return ratio(name, gradient(separate, pair), gradient(stacked, stack(pair)))
+
+
+MEASUREMENTS = [
+    partial(compile_ratio, 16),
+    partial(compile_ratio, 64),
+    partial(unrolled_ratio, 64),
+    *(partial(remat_ratio, depth, naive) for depth in (16, 64) for naive in ("none", "full")),
+    partial(encoders_ratio, 16),
+    partial(encoders_ratio, 64),
+    partial(logits_ratio, 256),
+    partial(logits_ratio, 512),
+    replay_ratio,
+    relabel_ratio,
+]
 
 
 def main():
-    print(measure.facts(), flush=True)
-    rows = []
-    for measurement in (
-        partial(compile_ratio, 16),
-        partial(compile_ratio, 64),
-        partial(unrolled_ratio, 64),
-        partial(remat_ratio, 16, "none"),
-        partial(remat_ratio, 16, "full"),
-        partial(remat_ratio, 64, "none"),
-        partial(remat_ratio, 64, "full"),
-        partial(encoders_ratio, 16),
-        partial(encoders_ratio, 64),
-        partial(logits_ratio, 256),
-        partial(logits_ratio, 512),
-        replay_ratio,
-        relabel_ratio,
-    ):
-        rows.append(measurement())
-        print(rows[-1], flush=True)
+    if sys.argv[1:]:
+        raise SystemExit(__doc__)
     how = f"python results/bench_ratios.py; {measure.facts(f'batch {BATCH}, width {WIDTH}')}"
-    measure.write(f"bench_ratios_{jax.default_backend()}", how, rows)
+    print(how, flush=True)
+    measure.measured(f"bench_ratios_{jax.default_backend()}", how, MEASUREMENTS)
 
 
 if __name__ == "__main__":

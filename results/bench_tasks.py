@@ -9,23 +9,19 @@ medians of 3. The random policy draws actions uniformly from [-1, 1]; its scores
 episodes of 1000 steps, counted until a robot falls, distances in the goal's unit.
 """
 
-import csv
 import os
-import platform
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import envs
+import measure
 from envs.base import Env, State
-from shared import run
 
-HERE = Path(__file__).parent
 PAPER = [
     *("ant_big_maze", "ant_hardest_maze", "ant_u4_maze", "ant_u5_maze", "humanoid", "humanoid_u_maze"),
     *("humanoid_big_maze", "arm_push_easy", "arm_push_hard", "arm_binpick_hard"),
@@ -39,7 +35,7 @@ WALLS = ["ant_u_maze", "ant_big_maze", "ant_hardest_maze", "humanoid_u_maze", "h
 EPISODE, CHUNK = 1000, 50
 NUM_ENVS = [int(n) for n in os.environ.get("NUM_ENVS", "64").split(",")]
 """How many environments are stepped side by side, e.g. NUM_ENVS=512,4096."""
-FACTS = f"{run.device_name()}, {run.commit()}, Python {platform.python_version()}; episodes of {EPISODE} steps"
+FACTS = measure.facts(f"episodes of {EPISODE} steps")
 
 
 def play(env: Env, state: State, keys):
@@ -132,11 +128,7 @@ def measured(table: str, measure, names: list[str]) -> None:
         print(rows[-1], flush=True)
         jax.clear_caches()
         if table:
-            with (HERE / f"{table}_{jax.default_backend()}.csv").open("w", newline="") as file:
-                file.write(f"# python results/bench_tasks.py; {FACTS}\n")
-                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            measure.write(f"{table}_{jax.default_backend()}", f"python results/bench_tasks.py; {FACTS}", rows)
 
 
 def main():

@@ -23,6 +23,7 @@ from scipy import stats
 
 import envs
 from algorithms import crl
+from shared import run
 
 HERE = Path(__file__).parent
 PAGES = ("README.md", "algorithms/crl.md", "algorithms/ppo_ad.md", "algorithms/cocoa.md")
@@ -54,9 +55,9 @@ FIGURES = {
         {
             "goals": {
                 "drawn anew at each reset (default)": "point_u4_maze_depth_4",
-                "fixed (published)": "point_u4_maze_fixed",
+                "fixed": "point_u4_maze_fixed",
                 "drawn anew, never switched": "point_u4_maze_resampled_no_switch",
-                "fixed, never switched": "point_u4_maze_fixed_no_switch",
+                "fixed, never switched (published)": "point_u4_maze_fixed_no_switch",
                 "published relabelling": "point_u4_maze_published_relabelling",
             },
             "energies": {
@@ -71,7 +72,7 @@ FIGURES = {
             },
         },
     ),
-    "minicraft": Figure(
+    "achievements": Figure(
         {
             "eval/success/collect_iron": "episodes that unlock the deepest achievement",
             "eval/return": "achievements unlocked in an episode",
@@ -113,7 +114,7 @@ def made(name: str) -> dict:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the mean of values (seeds,)."""
+    """The 95 % percentile bootstrap interval of the mean of values (seeds,); of three seeds, all that they span."""
     found = stats.bootstrap((values,), np.mean, n_resamples=9999, method="percentile", rng=0).confidence_interval
     return float(found.low), float(found.high)
 
@@ -281,7 +282,11 @@ def demo_table(root: str) -> str:
         [title, entry(last(curve, metric)), entry(last(curve, metric.replace("success_any", "time_at_goal")), 0)]
         for metric, title in DEMO.items()
     ]
-    header = ["last evaluation, 128 episodes a seed", "episodes that reach their goal", "steps at the goal, of 100"]
+    config = crl.Config(**run.recipe_for("point_u_maze", crl.RECIPES))
+    header = [
+        f"last evaluation, {config.num_eval_envs} episodes a seed", "episodes that reach their goal",
+        f"steps at the goal, of {config.episode_length}",
+    ]  # fmt: skip
     text = (
         f"`{made('point_u_maze')['command']}`: {same_facts(['point_u_maze'])}; [CSV]({root}results/point_u_maze.csv)."
     )
@@ -304,32 +309,35 @@ def depth_table(root: str) -> str:
 
 def choices_table(root: str) -> str:
     panels = FIGURES["point_choices"].panels
+    default = made("point_u4_maze_depth_4")["command"].removesuffix(" --depth 4")
     rows = [
         [
             panel,
-            f"{label} ([CSV]({root}results/{name}.csv))",
+            label,
+            f"`{made(name)['command'].removeprefix(default).strip()}` ([CSV]({root}results/{name}.csv))",
             *(entry(last(read(name), metric)) for metric in SUCCESS),
         ]
         for panel, curves in panels.items()
         for label, name in curves.items()
     ]
-    text = f"`{made('point_u4_maze_depth_4')['command']}` and one flag changed; "
+    text = f"`{default}` and these flags; "
     text += f"{same_facts([name for curves in panels.values() for name in curves.values()])}."
-    return f"{text}\n\n{table(['', 'choice', *SUCCESS.values()], rows)}"
+    return f"{text}\n\n{table(['', 'choice', 'flags', *SUCCESS.values()], rows)}"
 
 
 def same_facts(names: list[str]) -> str:
     """Seeds, steps, device and commits of runs that were made together."""
     facts, curves = [made(name) for name in names], [read(name) for name in names]
-    (seeds,) = {len(np.unique(curve["seed"])) for curve in curves}
-    (steps,) = {int(curve["env_steps"].max()) for curve in curves}
-    (device,) = {fact["device"] for fact in facts}
+    shared = {(len(np.unique(c["seed"])), int(c["env_steps"].max()), f["device"]) for c, f in zip(curves, facts)}
+    if len(shared) > 1:
+        raise SystemExit(f"error: runs of one table differ in seeds, steps or device {shared}: {', '.join(names)}")
+    ((seeds, steps, device),) = shared
     commits = ", ".join(sorted({fact["commit"][:7] for fact in facts}))
     return f"{seeds} seeds, {steps:,} environment steps each; {device}; commit {commits}"
 
 
 def minicraft_table(root: str) -> str:
-    metrics, panels = FIGURES["minicraft"]
+    metrics, panels = FIGURES["achievements"]
     rows = [
         [
             f"`{made(name)['command'].removeprefix('python algorithms/')}` ([CSV]({root}results/{name}.csv))",
@@ -370,7 +378,7 @@ SCRIPTS = {
 COLLECTION = {
     "env": "environment", "num_envs": "copies", "compile_s": "compile, s", "env_steps_per_s": "environment steps/s",
 }  # fmt: skip
-RATIOS = {"what: ours / the other": "ours / the other", "ours": "ours", "other": "other", "other/ours": "other / ours"}
+RATIOS = {name: name for name in ("ours, against the other", "ours", "other", "other / ours")}
 UPDATE = {
     "setting": "setting", "variant": "variant", "compile_s": "compile, s", "step_ms": "ms",
     "ratio": "against crl.py as it is", "kernels": "kernels a step", "temporary_mb": "XLA temporaries, MB",
@@ -380,8 +388,9 @@ UPDATE = {
 def bench_table(name: str, titles: dict[str, str], root: str) -> str:
     """The columns of results/NAME.csv that have titles, under them."""
     (how,), rows = lines(name)
+    whole = lambda number: f"{int(number):,}" if number.isdigit() else number
     text = f"`{how.replace('; ', '`; ', 1)}; [CSV]({root}results/{name}.csv)."
-    return f"{text}\n\n{table(list(titles.values()), [[row[column] for column in titles] for row in rows])}"
+    return f"{text}\n\n{table(list(titles.values()), [[whole(row[column]) for column in titles] for row in rows])}"
 
 
 # ---- pages --------------------------------------------------------------------------------------------------------
@@ -390,7 +399,7 @@ DRAWN = {
     **{f"{name}.png": partial(draw_curves, name) for name in FIGURES},
     "point_u_maze_value_map.png": draw_value_map,
     "point_u_maze_trajectories.png": draw_trajectories,
-    "point_goal.png": draw_adaptation,
+    "adaptation.png": draw_adaptation,
     "cocoa_choices.png": draw_cocoa_choices,
 }
 """File -> what draws it."""
@@ -407,12 +416,12 @@ TABLES = {
     "bench_update": partial(bench_table, "bench_update_cpu", UPDATE),
 }
 """Name in a page's comment -> what writes what follows it; takes the way from the page to the top folder."""
-SPOT = re.compile(r"(<!-- results/figures\.py: (\w+) -->\n).*?(\n<!-- end -->)", re.S)
+SPOT = re.compile(r"(<!-- results/figures\.py: (\w+) -->\n)(?:(?!<!-- ).)*?(<!-- end -->)", re.S)
 
 
 def page(text: str, root: str) -> str:
     """A page with its tables written anew."""
-    return SPOT.sub(lambda spot: spot[1] + TABLES[spot[2]](root) + spot[3], text)
+    return SPOT.sub(lambda spot: f"{spot[1]}{TABLES[spot[2]](root)}\n{spot[3]}", text)
 
 
 def main() -> None:

@@ -33,6 +33,15 @@ def compiled(function, *args):
     return time.perf_counter() - start, program
 
 
+def repeated(function, state, rounds: int = 6):
+    """The median seconds of a function from state to state, but for its first call; and the last state."""
+    times = []
+    for _ in range(rounds):
+        seconds, state = timed(function, state)
+        times.append(seconds)
+    return float(np.median(times[1:])), state
+
+
 def interleaved(functions: dict[str, callable], rounds: int) -> dict[str, np.ndarray]:
     """Seconds (rounds,) of functions without arguments, called in turns after one call of each."""
     seconds = [[timed(function)[0] for function in functions.values()] for _ in range(rounds + 1)]
@@ -47,13 +56,18 @@ def peak_memory() -> int:
 
 
 def write(name: str, how: str, rows: list[dict]) -> None:
-    """Writes results/NAME.csv, `how` it was made in a comment on top, and prints it as a table."""
+    """Writes results/NAME.csv, with `how` it was made in a comment on top."""
     with (HERE / f"{name}.csv").open("w", newline="") as file:
         file.write(f"# {how}\n")
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    width = {k: max(len(str(row[k])) for row in [{k: k}, *rows]) for k in rows[0]}
-    for row in [dict(zip(width, width)), {k: "-" * n for k, n in width.items()}, *rows]:
-        print("| " + " | ".join(str(row[k]).ljust(n) for k, n in width.items()) + " |")
-    print(flush=True)
+
+
+def measured(name: str, how: str, measurements) -> None:
+    """Makes a row of each measurement, a function; prints it, and writes the rows so far to results/NAME.csv."""
+    rows = []
+    for measurement in measurements:
+        rows.append(measurement())
+        print(rows[-1], flush=True)
+        write(name, how, rows)

@@ -8,17 +8,14 @@ Rates are in percent of episodes; the score is Crafter's, exp(mean of ln(1 + rat
 `error` is the standard error of the difference of the two, and `z` the difference in such errors.
 """
 
-import csv
 import importlib.metadata
-import platform
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+import measure
 from envs.crafter_pool import Crafter
-from shared import run
 
 EPISODES, NUM_ENVS, LIMIT = 250, 10, 10_000
 RATES = {
@@ -90,12 +87,8 @@ def compare(played: Episodes) -> list[dict]:
 def main():
     rows = compare(play(EPISODES, NUM_ENVS))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("crafter", "opensimplex", "numpy"))
-    facts = f"{run.device_name()}, {run.commit()}, Python {platform.python_version()}, {versions}; {EPISODES} episodes"
-    with Path(__file__).with_suffix(".csv").open("w", newline="") as file:
-        file.write(f"# python results/random_crafter.py; {facts}\n")
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    facts = measure.facts(f"{versions}; {EPISODES} episodes")
+    measure.write("random_crafter", f"python results/random_crafter.py; {facts}", rows)
     for row in rows:
         print("".join(f"{value:<20}" if key == "what" else f"{value:>10}" for key, value in row.items()))
 

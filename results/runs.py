@@ -26,11 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import figures
+import measure
 from algorithms import crl
 from shared import run
 
 HERE = Path(__file__).parent
-FOLDER = Path("runs/published")
+FOLDER = HERE.parent / "runs/published"
 
 MAZES = ("u", "u4", "u5", "big")
 DEPTHS = (4, 8, 16, 32)
@@ -90,15 +91,19 @@ def provenance(folder) -> dict:
 
 
 def publish(name: str, folder) -> None:
-    """Writes the evaluations in the metrics.csv of a run folder to results/NAME.csv."""
-    with (Path(folder) / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if any(row[column] for column in row if column.startswith("eval/"))]
+    """Writes the evaluations in the metrics.csv of a run folder to results/NAME.csv; SystemExit if it has none."""
+    try:
+        with (Path(folder) / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise SystemExit(f"error: {folder} is no run folder: {error}") from None
+    rows = [row for row in rows if any(row[column] for column in row if column.startswith("eval/"))]
+    if not rows:
+        raise SystemExit(
+            f"error: the run in {folder} was not evaluated yet; go on with it, or choose a lower --eval_every"
+        )
     columns = [column for column in rows[0] if column in KEPT or not column.startswith(("train/", "auxiliary/"))]
-    with (HERE / f"{name}.csv").open("w", newline="") as file:
-        file.write(f"# {json.dumps(provenance(folder))}\n")
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    measure.write(name, json.dumps(provenance(folder)), [{column: row[column] for column in columns} for row in rows])
 
 
 def publish_pictures(name: str, folder) -> None:
@@ -131,7 +136,13 @@ def publish_pictures(name: str, folder) -> None:
 def train(command: str, folder: Path, name: str) -> None:
     """Trains by a command of RUNS into a folder, or goes on with what is there. What it prints is passed on."""
     script, *flags = command.split()
-    flags = ["--resume", str(folder)] if (folder / "config.json").exists() else [*flags, "--run_dir", str(folder)]
+    flags += ["--run_dir", str(folder)]
+    if (folder / "config.json").exists():
+        there = provenance(folder)
+        if there["command"] != f"python algorithms/{command}":
+            raise SystemExit(f"error: {folder} holds a run of {there['command']!r}; delete it to train {name} anew")
+        print(f"{name}: going on with {folder}, begun at commit {there['commit'][:7]}; delete it to train anew")
+        flags = ["--resume", str(folder)]
     process = subprocess.Popen(
         [sys.executable, f"algorithms/{script}", *flags],
         cwd=HERE.parent,
@@ -145,37 +156,47 @@ def train(command: str, folder: Path, name: str) -> None:
         raise SystemExit(f"error: {name} failed, see above; the same command goes on with it")
 
 
-def choose(names: list[str]) -> list[str]:
-    """The runs that names of runs, figures and panels stand for; SystemExit, with the nearest, if one is unknown."""
-    groups = {name: [name] for name in RUNS}
+def groups() -> dict[str, list[str]]:
+    """The runs of each figure and of each panel with a name of its own."""
+    found = {
+        "adaptation": [file.format(family) for family in figures.FAMILIES for file, _ in figures.ADAPTATION.values()]
+    }
     for name, figure in figures.FIGURES.items():
         panels = {f"{name}.{panel}": list(curves.values()) for panel, curves in figure.panels.items()}
-        groups |= {name: [*groups.get(name, []), *(known for runs in panels.values() for known in runs)], **panels}
+        found |= {name: [known for runs in panels.values() for known in runs], **panels}
+    return found
+
+
+def choose(names: list[str]) -> list[str]:
+    """The runs that names of runs, figures and panels stand for; SystemExit, with the nearest, if one is unknown."""
+    known = {**groups(), **{name: [name] for name in RUNS}}
     for name in names:
-        if name not in groups:
-            near = difflib.get_close_matches(name, groups, n=3, cutoff=0.4)
-            raise SystemExit(
-                f"error: no run, figure or panel is named {name!r}; near it: {', '.join(near) or 'nothing'}"
-            )
-    return [known for known in RUNS if any(known in groups[name] for name in names)]
+        if name not in known:
+            near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or "nothing"
+            raise SystemExit(f"error: no run, figure or panel is named {name!r}; near it: {near}")
+    return [run for run in RUNS if any(run in known[name] for name in names)]
 
 
 def main() -> None:
     names = sys.argv[1:]
-    if names[:1] == ["publish"] and len(names) == 3:
-        return publish(*names[1:])
-    if not names:
-        print("\n".join(f"{name:40s} python algorithms/{command}" for name, command in RUNS.items()))
-        return
-
-    def redo(name):
-        train(RUNS[name], (FOLDER / name).resolve(), name)
-        publish(name, (FOLDER / name).resolve())
-        if name in PICTURES:
-            publish_pictures(name, (FOLDER / name).resolve())
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(redo, choose(names)))
+    if names[:1] == ["publish"]:
+        if len(names) != 3:
+            raise SystemExit("error: publish takes a name and a run folder")
+        publish(*names[1:])
+    elif not names or names[0].startswith("-"):
+        print(__doc__)
+        for name, command in RUNS.items():
+            print(f"{name:40s} python algorithms/{command}")
+        for name, runs in groups().items():
+            print(f"{name:40s} {len(runs)} runs: {runs[0]} ...")
+    else:
+        chosen = choose(names)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda name: train(RUNS[name], FOLDER / name, name), chosen))
+        for name in chosen:
+            publish(name, FOLDER / name)
+            if name in PICTURES:
+                publish_pictures(name, FOLDER / name)
 
 
 if __name__ == "__main__":

@@ -66,14 +66,15 @@ class Layer(eqx.Module):
 class Block(eqx.Module):
     """Four layers, and the block's input added after the fourth."""
 
-    layers: tuple[Layer, Layer, Layer, Layer]
+    layers: Layer  # every leaf has a leading axis of 4, so that a loop over blocks fetches 4 arrays and not 16
 
     def __init__(self, width: int, key: Key[Array, ""], dtype: str = "float32"):
-        self.layers = tuple(Layer(width, width, k, dtype) for k in jax.random.split(key, 4))
+        self.layers = eqx.filter_vmap(lambda k: Layer(width, width, k, dtype))(jax.random.split(key, 4))
 
     def __call__(self, x: Float[Array, " width"]) -> Float[Array, " width"]:
         y = x
-        for layer in self.layers:
+        for i in range(4):
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], self.layers)
             y = layer(y)
         return x + y
 

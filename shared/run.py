@@ -509,7 +509,10 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, with '+changes' if tracked files differ from it; 'unknown' outside of git."""
+    """The commit of this checkout, with '+changes' if tracked files differ from it; 'unknown' outside of git.
+
+    Pages and the data in results/ do not count: one measurement rewrites them before the next begins.
+    """
 
     def git(*arguments):
         done = subprocess.run(
@@ -517,8 +520,12 @@ def commit() -> str:
         )
         return done.stdout.strip()
 
+    but = [
+        ":(top)",
+        *(f":(top,exclude){kind}" for kind in ("*.md", "results/*.csv", "results/*.json", "results/*.png")),
+    ]
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked=no") else "")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked=no", *but) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

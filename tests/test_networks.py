@@ -25,7 +25,7 @@ from shared.networks import (
 def unrolled(network, x):
     """The same network with a Python loop over its blocks."""
     x = network.stem(x)
-    for i in range(network.blocks.layers[0].dense.bias.shape[0]):
+    for i in range(len(network.blocks.layers.dense.bias)):
         x = jax.tree.map(lambda leaf, i=i: leaf[i], network.blocks)(x)
     return network.head(x)
 
@@ -42,10 +42,10 @@ def numpy_forward(network, x):
         return y / (1 + np.exp(-y))
 
     x = layer(network.stem, np.asarray(x, np.float64))
-    for i in range(network.blocks.layers[0].dense.bias.shape[0]):
+    for i in range(len(network.blocks.layers.dense.bias)):
         y = x
-        for p in network.blocks.layers:
-            y = layer(p, y, i)
+        for j in range(4):
+            y = layer(network.blocks.layers, y, (i, j))
         x = x + y
     return array(network.head.weight) @ x + array(network.head.bias)
 
@@ -97,12 +97,12 @@ def test_parameter_counts_are_the_papers(depth, expected):
 
 def test_initial_weights_are_uniform_within_one_over_root_fan_in():
     network = ResidualMLP(100, 64, 8, 7, jax.random.key(0))
-    for dense, fan_in in ((network.stem.dense, 100), (network.blocks.layers[2].dense, 64), (network.head, 64)):
+    for dense, fan_in in ((network.stem.dense, 100), (network.blocks.layers.dense, 64), (network.head, 64)):
         weight = np.asarray(dense.weight).ravel() * np.sqrt(fan_in)
         assert stats.kstest(weight, stats.uniform(-1, 2).cdf).pvalue > 1e-3
         assert not np.asarray(dense.bias).any()
-    first, second = network.blocks.layers[0].dense.weight[0], network.blocks.layers[0].dense.weight[1]
-    assert not np.array_equal(first, second), "blocks share their initial weights"
+    layers = np.asarray(network.blocks.layers.dense.weight).reshape(8, -1)
+    assert len(np.unique(layers, axis=0)) == 8, "layers share their initial weights"
 
 
 def test_bfloat16_touches_only_the_matrix_products():
@@ -151,8 +151,9 @@ def test_compile_time_does_not_grow_with_depth():
         config = crl.Config(depth=depth, batch_size=256)
 
         def gradients(actor, critic, batch, key):
-            actor_gradient = jax.grad(crl.actor_loss, has_aux=True)(actor, critic, jnp.ones(()), batch, key, config)
-            return actor_gradient, jax.grad(crl.critic_loss, has_aux=True)(critic, batch, config)
+            critic_gradient, (psi, _) = jax.grad(crl.critic_loss, has_aux=True)(critic, batch, config)
+            inputs = critic, psi, jnp.ones(()), batch, key, config
+            return critic_gradient, jax.grad(crl.actor_loss, has_aux=True)(actor, *inputs)
 
         actor, critic = jax.eval_shape(lambda: crl.make_networks(config, Sizes(29, 8, 2), jax.random.key(0)))
         batch = crl.Batch(*(jax.ShapeDtypeStruct((256, n), jnp.float32) for n in (29, 8, 2)))

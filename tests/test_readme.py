@@ -90,5 +90,8 @@ import envs
 for robot in ("point", "ant", "humanoid"):
     maze = envs.make(f"{robot}_zigzag").maze
     assert maze.cells == ("#######", "#R.#GG#", "#.GG#.#", "#######"), maze
+    assert envs.far(f"{robot}_zigzag") is None
+envs.mazes.DRAWINGS["zigzag_eval"] = envs.mazes.DRAWINGS["zigzag"].replace("#.GG#.#", "#....G#")
+assert envs.far("point_zigzag") == "point_zigzag_eval"
 """
     subprocess.run([sys.executable, "-c", check], cwd=clone, env={**os.environ, "PYTHONPATH": str(clone)}, check=True)

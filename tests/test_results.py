@@ -3,6 +3,9 @@
 import io
 import itertools
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -11,13 +14,16 @@ import pytest
 
 import bench_update
 import figures
+import measure
 import runs
+from algorithms import cocoa, crl, ppo_ad
+from shared import run
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 
 matplotlib.use("agg")
-GENERATED = [(name, table) for name in figures.PAGES for _, table in figures.SPOT.findall((ROOT / name).read_text())]
+GENERATED = [(name, table) for name in figures.PAGES for _, table, _ in figures.SPOT.findall((ROOT / name).read_text())]
 
 
 @pytest.mark.parametrize("name", figures.PAGES)
@@ -28,21 +34,30 @@ def test_the_tables_of_a_page_are_those_of_the_csvs(name):
 
 def test_a_table_that_was_edited_by_hand_is_found_out():
     text = (ROOT / "README.md").read_text()
-    spot = text.index("| uniform goals, mean action")
-    edited = text[:spot] + text[spot:].replace("0.9", "1.0", 1)
+    row = figures.demo_table("").splitlines()[-1]
+    edited = text.replace(row, row.replace("[", "[0.0", 1))
     assert edited != text
     assert figures.page(edited, "") == text
 
 
-def test_every_table_is_shown_and_the_readme_has_no_other_number():
+def test_what_stands_between_two_empty_tables_stays():
+    spot = "<!-- results/figures.py: demo -->\n<!-- end -->"
+    written = figures.page(f"{spot}\nbetween\n{spot}\n", "")
+    assert written.count("\nbetween\n") == 1
+    assert written.count(figures.demo_table("")) == 2
+
+
+def test_the_readme_has_its_tables_and_no_other_result():
+    assert {table for page, table in GENERATED if page == "README.md"} == {
+        *("demo", "depth", "minicraft", "adaptation", "bench_depth", "bench_scripts", "bench_ratios")
+    }
     assert {table for _, table in GENERATED} == set(figures.TABLES)
     prose = figures.SPOT.sub("", (ROOT / "README.md").read_text())
     results = prose[prose.index("## Results") : prose.index("### What is reproduced")]
-    assert [word for word in results.split() if any(c.isdigit() for c in word)] == README_WORDS
-
-
-README_WORDS = ["95", "4", "32](results/point_depth.png)", "1024", "4:"]
-"""An interval's level, the depths of the figure and those that compile alike: all that is written by hand."""
+    # the level of an interval, and depths
+    assert [word for word in results.split() if any(c.isdigit() for c in word)] == [
+        *("95", "4", "32](results/point_depth.png)", "1024", "4:")
+    ]
 
 
 @pytest.mark.parametrize("name", figures.DRAWN)
@@ -51,9 +66,9 @@ def test_a_figure_is_that_of_the_csvs(name):
 
     shown = image.imread(RESULTS / name)
     drawn = image.imread(io.BytesIO(figures.DRAWN[name]()))
-    # not byte for byte here, because another release of matplotlib may shade an edge otherwise
+    # not byte for byte here, because another machine may shade the edge of a line otherwise
     assert shown.shape == drawn.shape
-    assert np.abs(shown - drawn).mean() < 1e-3, "make figures draws it anew"
+    assert (np.abs(shown - drawn).max(axis=-1) > 0.25).mean() < 1e-4, "make figures draws it anew"
 
 
 def test_every_run_was_made_by_the_command_that_redoes_it():
@@ -74,10 +89,21 @@ def test_every_picture_is_drawn_and_every_line_is_a_published_run():
             assert set(curves.values()) <= set(runs.RUNS)
 
 
-def test_a_run_of_fewer_seeds_than_its_command_says_is_not_in_the_tables():
-    for name, command in runs.RUNS.items():
-        seeds = int(command.partition("--num_seeds ")[2].split()[0])
-        assert set(figures.read(name)["seed"]) == set(range(seeds)), name
+@pytest.mark.parametrize("name", runs.RUNS)
+def test_a_published_run_has_all_its_seeds_and_steps(name):
+    script, *flags = runs.RUNS[name].split()
+    script = {"crl.py": crl, "ppo_ad.py": ppo_ad, "cocoa.py": cocoa}[script]
+    config = run.configure(script.Config, script.RECIPES, script.__doc__, [script.__name__, *flags])
+    curve = figures.read(name)
+    assert set(curve["seed"]) == set(range(config.num_seeds))
+    for seed in range(config.num_seeds):
+        assert curve["env_steps"][curve["seed"] == seed].max() >= config.total_env_steps
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("bench_*.csv")), ids=lambda path: path.stem)
+def test_a_measurement_names_the_commit_that_was_measured(path):
+    (how,), _ = figures.lines(path.stem)
+    assert re.match(r"python results/bench\w*\.py; cpu \(2 cores\), jax [\d.]+, [0-9a-f]{40}, Python 3", how), how
 
 
 def test_the_interval_is_the_bootstraps():
@@ -96,12 +122,29 @@ def test_last_is_the_last_evaluation_and_not_the_best():
 def test_redoing_names_what_belongs_to_a_panel_and_what_is_near():
     assert runs.choose(["point_depth.u4"]) == [f"point_u4_maze_depth_{depth}" for depth in (4, 8, 16, 32)]
     assert len(runs.choose(["point_depth"])) == 16
+    assert runs.choose(["minicraft"]) == ["minicraft"]
+    assert len(runs.choose(["adaptation"])) == 6
     with pytest.raises(SystemExit, match=r"no run, figure or panel is named 'point_deth'.*point_depth"):
         runs.choose(["point_deth"])
 
 
+def test_redoing_does_not_pass_off_another_run(tmp_path):
+    facts = {"command": "python algorithms/crl.py --seed 3", "commit": "c", "versions": {}, "device": "d"}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(SystemExit, match=r"holds a run of 'python algorithms/crl.py --seed 3'; delete it"):
+        runs.train("crl.py --seed 4", tmp_path, "four")
+
+
+def test_a_run_without_evaluations_is_not_published(tmp_path):
+    with pytest.raises(SystemExit, match="is no run folder"):
+        runs.publish("none", tmp_path)
+    (tmp_path / "metrics.csv").write_text("seed,env_steps,eval/success_any\n3,10,\n")
+    with pytest.raises(SystemExit, match="not evaluated yet"):
+        runs.publish("none", tmp_path)
+
+
 def test_publishing_keeps_the_evaluations_and_how_they_were_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "HERE", tmp_path)
+    monkeypatch.setattr(measure, "HERE", tmp_path)
     monkeypatch.setattr(figures, "HERE", tmp_path)
     facts = {
         "command": "python algorithms/crl.py --seed 3 --run_dir /tmp/x",
@@ -119,27 +162,55 @@ def test_publishing_keeps_the_evaluations_and_how_they_were_made(tmp_path, monke
     assert "train/critic_loss" not in figures.read("published")
 
 
-def test_kernels_in_loops_count_as_often_as_the_loop_turns():
-    hlo = """HloModule m
+HLO = """HloModule m
+
+%inner (p: (s32[])) -> (s32[]) {
+  %p = (s32[]) parameter(0)
+  %f.2 = f32[4]{0} fusion(%p), kind=kLoop, calls=%other
+  ROOT %t = (s32[]) tuple(%p)
+}
 
 %body (p: (s32[])) -> (s32[]) {
   %p = (s32[]) parameter(0)
   %g = s32[] get-tuple-element(%p), index=0
   %f.1 = f32[4]{0} fusion(%g), kind=kLoop, calls=%other
   %d = f32[4,4]{1,0} dot(%f.1, %f.1)
+  %w = (s32[]) while(%p), condition=%cond, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
   ROOT %t = (s32[]) tuple(%g)
 }
 
-%cond (p: (s32[])) -> pred[] {
-  %p = (s32[]) parameter(0)
-  ROOT %c = pred[] constant(true)
+%called (a: s32[]) -> s32[] {
+  %a = s32[] parameter(0)
+  ROOT %c = s32[] copy(%a)
 }
 
 ENTRY %main (a: s32[]) -> s32[] {
   %a = s32[] parameter(0)
   %t = (s32[]) tuple(%a)
   %w = (s32[]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
-  ROOT %last = s32[] copy(%a)
+  ROOT %last = s32[] call(%a), to_apply=%called
 }
 """
-    assert bench_update.kernels(hlo) == 5 * 2 + 1
+
+
+def test_kernels_in_loops_count_as_often_as_the_loop_turns():
+    assert bench_update.kernels(HLO) == 5 * (2 + 3 * 1) + 1
+    with pytest.raises(ValueError, match="a loop of unknown length"):
+        bench_update.kernels(HLO.replace('"known_trip_count":{"n":"3"}', ""))
+
+
+def test_the_ways_to_compute_a_gradient_step_have_the_same_gradients():
+    # in a process whose annotations are not checked: stand-ins take the place of networks
+    code = """
+import jax
+import bench_update
+states = {}
+for name, (way, _) in bench_update.VARIANTS.items():
+    if name == bench_update.AS_IT_IS or isinstance(way, bench_update.Way):
+        step, state = bench_update.variant(name, depth=8, width=8, batch_size=16)
+        states[name], _ = jax.jit(step)(state, jax.random.key(0))
+        bench_update.check(name, states[name], states[bench_update.AS_IT_IS])
+print(len(states))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=RESULTS, capture_output=True, text=True)
+    assert done.stdout == "4\n", done.stderr
