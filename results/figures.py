@@ -26,7 +26,7 @@ from algorithms import crl
 from shared import run
 
 HERE = Path(__file__).parent
-PAGES = ("README.md", "algorithms/crl.md", "algorithms/ppo_ad.md", "algorithms/cocoa.md")
+PAGES = ("README.md", "envs/README.md", "algorithms/crl.md", "algorithms/ppo_ad.md", "algorithms/cocoa.md")
 
 
 class Figure(NamedTuple):
@@ -385,10 +385,29 @@ UPDATE = {
 }  # fmt: skip
 
 
-def bench_table(name: str, titles: dict[str, str], root: str) -> str:
+TASKS = {
+    "env": "task", "distance": "distance", "success_any": "success", "time_at_goal": "time at goal",
+    "episode_length": "survival", "episodes": "episodes", "compile_s_64": "compile, s", "steps_per_s_64": "steps/s",
+}  # fmt: skip
+WALLS = {
+    "env": "task", "boxes_merged": "boxes merged", "boxes": "boxes", "steps_per_s_merged": "steps/s merged",
+    "steps_per_s": "steps/s", "speed_up": "speed-up",
+}  # fmt: skip
+PHYSICS = {
+    "body": "body", "physics": "physics", "compile_s": "compile, s", "steps_per_s": "steps/s", "deviation": "deviation",
+}  # fmt: skip
+FAMILY = {
+    "family": "family", "random_return": "return", "standard_error": "standard error",
+    "episode_length": "episode length", "compile_s": "compile, s", "steps_per_s": "steps/s",
+}  # fmt: skip
+KERNELS = {"variant": "variant", "kernels": "kernels a step", "temporary_mb": "XLA temporaries, MB"}
+
+
+def measured_table(name: str, titles: dict[str, str], root: str) -> str:
     """The columns of results/NAME.csv that have titles, under them."""
     (how,), rows = lines(name)
     whole = lambda number: f"{int(number):,}" if number.isdigit() else number
+    how = re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}\b", r"commit \1", how)
     text = f"`{how.replace('; ', '`; ', 1)}; [CSV]({root}results/{name}.csv)."
     return f"{text}\n\n{table(list(titles.values()), [[whole(row[column]) for column in titles] for row in rows])}"
 
@@ -409,11 +428,16 @@ TABLES = {
     "choices": choices_table,
     "minicraft": minicraft_table,
     "adaptation": adaptation_table,
-    "bench_depth": partial(bench_table, "bench_depth_cpu", DEPTH),
-    "bench_scripts": partial(bench_table, "bench_scripts_cpu", SCRIPTS),
-    "bench_envs": partial(bench_table, "bench_envs_cpu", COLLECTION),
-    "bench_ratios": partial(bench_table, "bench_ratios_cpu", RATIOS),
-    "bench_update": partial(bench_table, "bench_update_cpu", UPDATE),
+    "bench_depth": partial(measured_table, "bench_depth_cpu", DEPTH),
+    "bench_scripts": partial(measured_table, "bench_scripts_cpu", SCRIPTS),
+    "bench_envs": partial(measured_table, "bench_envs_cpu", COLLECTION),
+    "bench_ratios": partial(measured_table, "bench_ratios_cpu", RATIOS),
+    "bench_update": partial(measured_table, "bench_update_cpu", UPDATE),
+    "gpu_kernels": partial(measured_table, "gpu_kernels", KERNELS),
+    "tasks": partial(measured_table, "tasks_cpu", TASKS),
+    "walls": partial(measured_table, "walls_cpu", WALLS),
+    "families": partial(measured_table, "families_cpu", FAMILY),
+    "family_physics": partial(measured_table, "family_physics_cpu", PHYSICS),
 }
 """Name in a page's comment -> what writes what follows it; takes the way from the page to the top folder."""
 SPOT = re.compile(r"(<!-- results/figures\.py: (\w+) -->\n)(?:(?!<!-- ).)*?(<!-- end -->)", re.S)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
 from typing import Literal
 
 import jax
@@ -249,3 +250,22 @@ def test_a_missing_logger_is_named(tmp_path, monkeypatch):
     with pytest.raises(run.UserError, match=r"--wandb needs packages that are missing: pip install"):
         run.Run(Config(run_dir=str(tmp_path / "w"), wandb=True), "test")
     run.Run(Config(run_dir=str(tmp_path / "w")), "test")  # the folder is not taken
+
+
+def test_the_commit_tells_of_changed_code_and_not_of_results(tmp_path, monkeypatch):
+    def git(*arguments):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    for name in ("shared/run.py", "results/a.csv", "results/a.py", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before")
+    git("init")
+    git("add", ".")
+    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-m", "m")
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "shared/run.py"))
+    assert re.fullmatch("[0-9a-f]{40}", run.commit())
+    for name in ("results/a.csv", "README.md", "results/untracked.py"):
+        (tmp_path / name).write_text("after")
+    assert re.fullmatch("[0-9a-f]{40}", run.commit())
+    (tmp_path / "results/a.py").write_text("after")
+    assert re.fullmatch(r"[0-9a-f]{40}\+changes", run.commit())
