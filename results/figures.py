@@ -143,7 +143,9 @@ def plot(axis, curve: dict[str, np.ndarray], metric: str, label: str) -> None:
     steps = np.unique(curve["env_steps"])
     seeds = [curve[metric][curve["env_steps"] == step] for step in steps]
     (line,) = axis.plot(steps, [values.mean() for values in seeds], label=label)
-    axis.fill_between(steps, *np.transpose([interval(values) for values in seeds]), alpha=0.2, color=line.get_color())
+    if len(seeds[0]) > 1:
+        band = np.transpose([interval(values) for values in seeds])
+        axis.fill_between(steps, *band, alpha=0.2, color=line.get_color())
 
 
 def png(figure) -> bytes:
@@ -262,10 +264,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def entry(values: np.ndarray, digits: int = 2) -> str:
-    """Mean and interval of values (seeds,)."""
-    low, high = interval(values)
-    mean, low, high = (f"{x:z.{digits}f}".replace("-", "\N{MINUS SIGN}") for x in (values.mean(), low, high))
-    return f"{mean} [{low}, {high}]"
+    """Mean and interval of values (seeds,); of one seed, its value."""
+    numbers = [values.mean(), *(interval(values) if len(values) > 1 else ())]
+    mean, *ends = (f"{x:z.{digits}f}".replace("-", "\N{MINUS SIGN}") for x in numbers)
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 DEMO = {

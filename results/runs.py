@@ -99,9 +99,7 @@ def publish(name: str, folder) -> None:
         raise SystemExit(f"error: {folder} is no run folder: {error}") from None
     rows = [row for row in rows if any(row[column] for column in row if column.startswith("eval/"))]
     if not rows:
-        raise SystemExit(
-            f"error: the run in {folder} was not evaluated yet; go on with it, or choose a lower --eval_every"
-        )
+        raise SystemExit(f"error: the run in {folder} was not evaluated yet; go on with it, or lower --eval_every")
     columns = [column for column in rows[0] if column in KEPT or not column.startswith(("train/", "auxiliary/"))]
     measure.write(name, json.dumps(provenance(folder)), [{column: row[column] for column in columns} for row in rows])
 
@@ -158,9 +156,8 @@ def train(command: str, folder: Path, name: str) -> None:
 
 def groups() -> dict[str, list[str]]:
     """The runs of each figure and of each panel with a name of its own."""
-    found = {
-        "adaptation": [file.format(family) for family in figures.FAMILIES for file, _ in figures.ADAPTATION.values()]
-    }
+    files = dict.fromkeys(file for file, _ in figures.ADAPTATION.values())
+    found = {"adaptation": [file.format(family) for family in figures.FAMILIES for file in files]}
     for name, figure in figures.FIGURES.items():
         panels = {f"{name}.{panel}": list(curves.values()) for panel, curves in figure.panels.items()}
         found |= {name: [known for runs in panels.values() for known in runs], **panels}
