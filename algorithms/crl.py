@@ -111,7 +111,8 @@ class Config:
     representation_size: int = 64
     """Length of phi(s, a) and psi(g)."""
     energy: Literal["norm", "l2", "dot", "cosine"] = "norm"
-    """f from phi and psi: minus their distance, minus the squared distance, inner product, cosine."""
+    """f from phi and psi: minus their distance, minus the squared distance, inner product, cosine. The penalty below
+    presses all cosines to -1; take --logsumexp_penalty 0 with them."""
     loss: Literal["fwd_infonce", "bwd_infonce", "sym_infonce", "binary_nce"] = "fwd_infonce"
     """Classify the goal given state and action, the reverse, both, or each pair as true or false."""
     logsumexp_penalty: float = 0.1

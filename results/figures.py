@@ -63,6 +63,7 @@ FIGURES = {
             "energies": {
                 "norm (default)": "point_u4_maze_depth_4",
                 **{kind: f"point_u4_maze_{kind}" for kind in ("l2", "dot", "cosine")},
+                "cosine, no penalty": "point_u4_maze_cosine_no_penalty",
             },
             "losses": {
                 "forward InfoNCE (default)": "point_u4_maze_depth_4",

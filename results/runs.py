@@ -56,6 +56,7 @@ RUNS = {
     "point_u4_maze_fixed_no_switch": _study(flags="--goals fixed --goal_switch_probability 0"),
     "point_u4_maze_published_relabelling": _study(flags="--relabel published"),
     **{f"point_u4_maze_{energy}": _study(flags=f"--energy {energy}") for energy in ("l2", "dot", "cosine")},
+    "point_u4_maze_cosine_no_penalty": _study(flags="--energy cosine --logsumexp_penalty 0"),
     **{
         f"point_u4_maze_{loss}": _study(flags=f"--loss {loss}") for loss in ("bwd_infonce", "sym_infonce", "binary_nce")
     },
