@@ -1,4 +1,4 @@
-"""How fast the scripts are: the first part of `make bench`, about 6 minutes on 2 cores.
+"""How fast the scripts are: the first part of `make bench`, about 4 minutes on 2 cores.
 
     python results/bench.py
 

@@ -1,6 +1,6 @@
 """The designs of crl.py against others, the naive ones among them: the second part of `make bench`.
 
-    python results/bench_ratios.py        about 5 minutes on 2 cores; writes bench_ratios_DEVICE.csv
+    python results/bench_ratios.py        about 2 minutes on 2 cores; writes bench_ratios_DEVICE.csv
 
 Both are called in turns in one process; each time is a median, each ratio the median of the rounds' ratios.
 """

@@ -1,6 +1,6 @@
 """One gradient step of crl.py, profiled on this device: the third part of `make bench`.
 
-    python results/bench_update.py        about 4 minutes on 2 cores; writes bench_update_DEVICE.csv
+    python results/bench_update.py        about 3 minutes on 2 cores; writes bench_update_DEVICE.csv
 
 Ways to compute the same step, in turns in one process, each checked to give the same gradients; the bare matrix
 products of the step; and how many kernels the compiled program runs in a step, from its optimised HLO: fusions, matrix
