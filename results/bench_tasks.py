@@ -120,11 +120,11 @@ def walls(name: str, rounds: int = 3) -> dict:
     }
 
 
-def measured(table: str, measure, names: list[str]) -> None:
+def measured(table: str, row_of, names: list[str]) -> None:
     """Prints a row for each name; and writes the rows so far, if the table has a name."""
     rows = []
     for name in names:
-        rows.append(measure(name))
+        rows.append(row_of(name))
         print(rows[-1], flush=True)
         jax.clear_caches()
         if table:

@@ -2,9 +2,9 @@
 
     python results/bench_update.py        about 3 minutes on 2 cores; writes bench_update_DEVICE.csv
 
-Ways to compute the same step, in turns in one process, each checked to give the same gradients; the bare matrix
-products of the step; and how many kernels the compiled program runs in a step, from its optimised HLO: fusions, matrix
-products, copies and so on, those in a loop as often as it turns.
+Ways to compute the same step, in turns in one process, each but for bfloat16 checked to give the same gradients; the
+bare matrix products of the step; and how many kernels the compiled program runs in a step, from its optimised HLO:
+fusions, matrix products, copies and so on, those in a loop as often as it turns.
 """
 
 import re

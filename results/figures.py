@@ -5,7 +5,7 @@
 
 Figures go beside the CSVs; tables and captions go into the pages, between the comments that name them. A figure's line
 is the mean over seeds at each evaluation, its band the 95 % bootstrap interval of that mean; a table has the last
-evaluation, never the best. results/runs.py redoes the runs, results/bench.py the measurements of speed.
+evaluation, never the best. results/runs.py redoes the runs; a measurement of speed names its script.
 """
 
 import csv
@@ -335,7 +335,7 @@ def same_facts(names: list[str]) -> str:
     if len(shared) > 1:
         raise SystemExit(f"error: runs of one table differ in seeds, steps or device {shared}: {', '.join(names)}")
     ((seeds, steps, device),) = shared
-    commits = ", ".join(sorted({fact["commit"][:7] for fact in facts}))
+    commits = ", ".join(sorted({fact["commit"][:7] + fact["commit"][40:] for fact in facts}))
     return f"{seeds} seeds, {steps:,} environment steps each; {device}; commit {commits}"
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The GPU figures, in calls of at most 10 minutes; results go to OUT.
 #   bash results/gpu_crl.sh bench OUT     bench_depth, bench_scripts and bench_envs of results/ (batch 512; 512 copies)
-#   bash results/gpu_crl.sh update OUT    bench_update: ways to compute a gradient step, kernels counted; then bench_ratios
+#   bash results/gpu_crl.sh update OUT    bench_update: ways to compute a gradient step, kernels counted
+#   bash results/gpu_crl.sh ratios OUT    bench_ratios: the designs against others
 #   bash results/gpu_crl.sh tasks OUT     tasks_gpu.csv, the paper's ten tasks
 #   bash results/gpu_crl.sh curve OUT ENV DEPTH [RUN_FOLDER_OF_AN_EARLIER_CALL]
 # curve: learning for as long as the call lasts; with its run folder, the next call goes on. Afterwards:
@@ -14,8 +15,8 @@ bench)
     timeout 570 python3 results/bench.py | tee "$2/bench.txt" || [ $? -eq 124 ]
     cp results/bench_*_gpu.csv "$2/"
     ;;
-update)
-    (timeout 300 python3 results/bench_update.py && timeout 270 python3 results/bench_ratios.py) | tee "$2/update.txt" || [ $? -eq 124 ]
+update | ratios)
+    timeout 570 python3 "results/bench_$1.py" | tee "$2/$1.txt" || [ $? -eq 124 ]
     cp results/bench_*_gpu.csv "$2/"
     ;;
 tasks)

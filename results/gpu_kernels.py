@@ -1,7 +1,7 @@
 """How many kernels a gradient step of crl.py launches on an H200: compiled for one, without having it.
 
     pip install --no-deps --target DIR jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12
-    python results/gpu_kernels.py DIR        the versions are that of jax; about 4 minutes; writes gpu_kernels.csv
+    python results/gpu_kernels.py DIR        the versions are that of jax; about 6 minutes; writes gpu_kernels.csv
 
 The counts are of XLA's program with default tiles. They are no times: nothing here has run on a GPU.
 """

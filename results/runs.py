@@ -140,7 +140,9 @@ def train(command: str, folder: Path, name: str) -> None:
         there = provenance(folder)
         if there["command"] != f"python algorithms/{command}":
             raise SystemExit(f"error: {folder} holds a run of {there['command']!r}; delete it to train {name} anew")
-        print(f"{name}: going on with {folder}, begun at commit {there['commit'][:7]}; delete it to train anew")
+        if there["commit"] != run.commit():
+            raise SystemExit(f"error: {folder} was begun at commit {there['commit']}; delete it to train {name} anew")
+        print(f"{name}: going on with {folder}")
         flags = ["--resume", str(folder)]
     process = subprocess.Popen(
         [sys.executable, f"algorithms/{script}", *flags],

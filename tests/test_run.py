@@ -261,7 +261,7 @@ def test_the_commit_tells_of_changed_code_and_not_of_results(tmp_path, monkeypat
         (tmp_path / name).write_text("before")
     git("init")
     git("add", ".")
-    git("-c", "user.name=n", "-c", "user.email=e", "commit", "-m", "m")
+    git("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false", "commit", "-m", "m")
     monkeypatch.setattr(run, "__file__", str(tmp_path / "shared/run.py"))
     assert re.fullmatch("[0-9a-f]{40}", run.commit())
     for name in ("results/a.csv", "README.md", "results/untracked.py"):
