@@ -9,14 +9,13 @@ data schedule for the point robot, where contexts hold prior episodes only: PEAR
 
 import csv
 import json
-import subprocess
 import sys
 from pathlib import Path
 
-from runs import provenance
+from runs import provenance, train
 
 HERE = Path(__file__).parent
-SCRIPT = "algorithms/cocoa.py"
+SCRIPT = "cocoa.py"
 COMMON = (
     "--num_seeds 3 --total_env_steps 30000 --num_test_tasks 100 --prior_steps 80 --posterior_steps 0 --extra_steps 40 "
     "--exploration_episodes 3 --eval_episodes 4 --probe --eval_every 30000"
@@ -43,11 +42,7 @@ METRICS = ("eval/probe_r2", "eval/return_adapted", "train/contrastive_accuracy",
 
 def measure(name: str, flags: str, folder: Path) -> list[dict]:
     """The last evaluation of a choice, a row a seed; trains if that is not done."""
-    if (folder / "config.json").exists():
-        command = [sys.executable, SCRIPT, "--resume", str(folder)]
-    else:
-        command = [sys.executable, SCRIPT, *COMMON.split(), *flags.split(), "--run_dir", str(folder)]
-    subprocess.run(command, cwd=HERE.parent, check=True)
+    train(f"{SCRIPT} {COMMON} {flags}".rstrip(), folder, name)
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     last = [row for row in rows if row["env_steps"] == rows[-1]["env_steps"]]

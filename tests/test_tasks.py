@@ -1,6 +1,7 @@
 """Every task by its name, and the page that describes them."""
 
 import csv
+import re
 from pathlib import Path
 
 import jax
@@ -136,8 +137,21 @@ def table(name: str) -> dict[str, dict[str, str]]:
     return {row["env"]: row for row in csv.DictReader(line for line in lines if not line.startswith("#"))}
 
 
-def test_every_task_was_measured():
-    assert {*PAPER, *OTHERS} <= set(table("tasks_cpu.csv"))
+def test_the_pages_measured_tables_are_those_of_results():
+    tasks, walls = table("tasks_cpu.csv"), table("walls_cpu.csv")
+    assert {*PAPER, *OTHERS} <= set(tasks)
+    shown = {
+        name: [cell.strip().replace(",", "") for cell in rest.split("|")]
+        for section in re.findall(r"\n## A random policy.*?(?=\n## |\Z)", PAGE, re.DOTALL)
+        for name, rest in re.findall(r"^\| (\w+) \| (.*) \|$", section, re.MULTILINE)
+        if len(rest.split("|")) == 7 and name != "task"
+    }
+    columns = ["distance", "success_any", "time_at_goal", "episode_length", "episodes"]
+    columns += ["compile_s_64", "steps_per_s_64"]
+    assert shown == {name: [row[column] for column in columns] for name, row in tasks.items()}
+    for name, row in walls.items():
+        columns = ["boxes_merged", "boxes", "steps_per_s_merged", "steps_per_s", "speed_up"]
+        assert f"| {name} | {' | '.join(row[column] for column in columns)} |" in PAGE.replace(",", "")
 
 
 def test_a_random_humanoid_falls_as_the_published_one():
