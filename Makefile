@@ -15,13 +15,13 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 
 bench: .venv/dev.stamp  ## measure the speed of the scripts, and of their designs against naive ones; then the tables
-	$(BIN)/python results/bench.py
-	$(BIN)/python results/bench_ratios.py
-	$(BIN)/python results/bench_update.py
+	$(BIN)/python experiments/bench.py
+	$(BIN)/python experiments/bench_ratios.py
+	$(BIN)/python experiments/bench_update.py
 	$(MAKE) figures
 
 figures: .venv/dev.stamp  ## redraw every figure and table from the CSVs of results/, and say which differ
-	$(BIN)/python results/figures.py
+	$(BIN)/python experiments/figures.py
 
 .venv/pip.stamp:
 	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || \

@@ -1,7 +1,7 @@
 """CoCOA's values that the thesis leaves open, one changed at a time: what each does to the embedding and to the return.
 
-    python results/cocoa_choices.py [FOLDER]    all runs (about 20 minutes on 2 cores), then cocoa_choices.csv
-    python results/figures.py                   the figure
+    python experiments/cocoa_choices.py [FOLDER]    all runs (about 20 minutes on 2 cores), then cocoa_choices.csv
+    python experiments/figures.py                   the figure
 
 Runs go to FOLDER (runs/cocoa_choices); those that are there already are gone on with, or kept. The setting is PEARL's
 data schedule for the point robot, where contexts hold prior episodes only: PEARL's embedding is imperfect there.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from runs import provenance, train
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parent.parent / "results"
 SCRIPT = "cocoa.py"
 COMMON = (
     "--num_seeds 3 --total_env_steps 30000 --num_test_tasks 100 --prior_steps 80 --posterior_steps 0 --extra_steps 40 "
@@ -55,7 +55,7 @@ def main(parent: str = "runs/cocoa_choices") -> None:
         folder = Path(parent).resolve() / name.replace(",", "").replace(" ", "_")
         rows += measure(name, flags, folder)
         facts.append(provenance(folder))
-    with (HERE / "cocoa_choices.csv").open("w", newline="") as file:
+    with (RESULTS / "cocoa_choices.csv").open("w", newline="") as file:
         file.writelines(f"# {json.dumps(fact)}\n" for fact in facts)
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

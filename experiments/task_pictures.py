@@ -1,7 +1,7 @@
 """Small pictures of the tasks for the page of environments: envs/pictures/<name>.png.
 
-python results/pictures.py             one of each family
-python results/pictures.py NAME...     these
+python experiments/task_pictures.py             one of each family
+python experiments/task_pictures.py NAME...     these
 """
 
 import os

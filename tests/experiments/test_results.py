@@ -20,7 +20,7 @@ import runs
 from algorithms import cocoa, crl, ppo_ad
 from shared import run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 
 matplotlib.use("agg")
@@ -42,7 +42,7 @@ def test_a_table_that_was_edited_by_hand_is_found_out():
 
 
 def test_what_stands_between_two_empty_tables_stays():
-    spot = "<!-- results/figures.py: demo -->\n<!-- end -->"
+    spot = "<!-- experiments/figures.py: demo -->\n<!-- end -->"
     written = figures.page(f"{spot}\nbetween\n{spot}\n", "")
     assert written.count("\nbetween\n") == 1
     assert written.count(figures.demo_table("")) == 2
@@ -110,7 +110,7 @@ OTHER_CSVS = {"cocoa_choices", "crafter_envs_cpu", "random_craftax", "random_cra
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_measurement_names_the_commit_that_was_measured(name):
     (how,), _ = figures.lines(name)
-    assert re.match(r"python results/\w+\.py.*; .*jax [\d.]+, [0-9a-f]{40}, Python 3\.\d+", how), how
+    assert re.match(r"python (?:results|experiments)/\w+\.py.*; .*jax [\d.]+, [0-9a-f]{40}, Python 3\.\d+", how), how
 
 
 def test_every_csv_is_of_use():
@@ -157,8 +157,8 @@ def test_a_run_without_evaluations_is_not_published(tmp_path):
 
 
 def test_publishing_keeps_the_evaluations_and_how_they_were_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "HERE", tmp_path)
-    monkeypatch.setattr(figures, "HERE", tmp_path)
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
     facts = {
         "command": "python algorithms/crl.py --seed 3 --run_dir /tmp/x",
         "commit": "c",
@@ -225,5 +225,5 @@ for name, (way, options) in bench_update.VARIANTS.items():
         bench_update.check(name, states[name], states[bench_update.AS_IT_IS])
 print(len(states))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=RESULTS, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "experiments", capture_output=True, text=True)
     assert done.stdout == "5\n", done.stderr

@@ -11,7 +11,7 @@ import pytest
 import envs
 from envs import mazes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "envs" / "README.md").read_text()
 PAPER = {
     # observation, goal, action, success radius, control step: the published ones

@@ -1,10 +1,10 @@
-"""The published runs, and the one command that redoes each: python results/runs.py NAME...
+"""The published runs, and the one command that redoes each: python experiments/runs.py NAME...
 
-    python results/runs.py                            the names
-    python results/runs.py point_u_maze               one run, then its CSV
-    python results/runs.py point_depth.u4             the runs of a panel of a figure (results/figures.py)
-    python results/runs.py point_depth                those of a whole figure
-    python results/runs.py publish NAME FOLDER        the evaluations of a run made elsewhere, into NAME.csv
+    python experiments/runs.py                            the names
+    python experiments/runs.py point_u_maze               one run, then its CSV
+    python experiments/runs.py point_depth.u4             the runs of a panel of a figure (experiments/figures.py)
+    python experiments/runs.py point_depth                those of a whole figure
+    python experiments/runs.py publish NAME FOLDER        the evaluations of a run made elsewhere, into NAME.csv
 
 Two runs at a time. They go to runs/published/NAME: one that was stopped or killed there goes on, one that is done is
 not trained again. A CSV holds the evaluations, a row a seed, under a comment that says how they were made: command,
@@ -30,8 +30,8 @@ import measure
 from algorithms import crl
 from shared import run
 
-HERE = Path(__file__).parent
-FOLDER = HERE.parent / "runs/published"
+RESULTS = Path(__file__).parent.parent / "results"
+FOLDER = RESULTS.parent / "runs/published"
 
 MAZES = ("u", "u4", "u5", "big")
 DEPTHS = (4, 8, 16, 32)
@@ -129,7 +129,7 @@ def publish_pictures(name: str, folder) -> None:
         "y": rounded(y),
         "maps": rounded(maps),
     }
-    (HERE / f"{name}.json").write_text(json.dumps(shown) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(shown) + "\n")
 
 
 def train(command: str, folder: Path, name: str) -> None:
@@ -146,7 +146,7 @@ def train(command: str, folder: Path, name: str) -> None:
         flags = ["--resume", str(folder)]
     process = subprocess.Popen(
         [sys.executable, f"algorithms/{script}", *flags],
-        cwd=HERE.parent,
+        cwd=RESULTS.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

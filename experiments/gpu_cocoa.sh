@@ -2,10 +2,10 @@
 # PEARL and CoCOA side by side on a GPU, in calls of at most 10 minutes: each for SECONDS_EACH (140) on each of FAMILIES
 # (half_cheetah_vel half_cheetah_dir) with PEARL's published settings; the same call again goes on with all of them. Settings,
 # metrics and figures of the runs go to OUT. Run folders, with two checkpoints of up to 1 GB each, stay in RUNS (runs/gpu).
-#   bash results/gpu_cocoa.sh OUT [FLAG...]
-#   FAMILIES=half_cheetah_vel SECONDS_EACH=280 bash results/gpu_cocoa.sh OUT --seed 1
+#   bash experiments/gpu_cocoa.sh OUT [FLAG...]
+#   FAMILIES=half_cheetah_vel SECONDS_EACH=280 bash experiments/gpu_cocoa.sh OUT --seed 1
 # Wall-clock per million gradient steps: in OUT/*/metrics.csv, (seconds - compile_seconds) / gradient_steps.
-# Afterwards: python results/runs.py publish NAME OUT/half_cheetah_vel_cocoa
+# Afterwards: python experiments/runs.py publish NAME OUT/half_cheetah_vel_cocoa
 set -euo pipefail
 out=$(realpath "$1")
 shift

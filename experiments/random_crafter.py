@@ -1,6 +1,6 @@
 """What a random policy scores in the original Crafter: 250 episodes, some 3 minutes on 2 cores (1 with numba).
 
-    python results/random_crafter.py
+    python experiments/random_crafter.py
 
 Writes random_crafter.csv. Actions are uniform, episodes end by death (none comes near the limit of 10,000 steps).
 Rates are in percent of episodes; the score is Crafter's, exp(mean of ln(1 + rate)) - 1 over all achievements.
@@ -88,7 +88,7 @@ def main():
     rows = compare(play(EPISODES, NUM_ENVS))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("crafter", "opensimplex", "numpy"))
     facts = measure.facts(f"{versions}; {EPISODES} episodes")
-    measure.write("random_crafter", f"python results/random_crafter.py; {facts}", rows)
+    measure.write("random_crafter", f"python experiments/random_crafter.py; {facts}", rows)
     for row in rows:
         print("".join(f"{value:<20}" if key == "what" else f"{value:>10}" for key, value in row.items()))
 

@@ -1,7 +1,7 @@
 """How many kernels a gradient step of crl.py launches on an H200: compiled for one, without having it.
 
     pip install --no-deps --target DIR jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2 nvidia-cuda-nvcc-cu12
-    python results/gpu_kernels.py DIR        the versions are that of jax; about 6 minutes; writes gpu_kernels.csv
+    python experiments/gpu_kernels.py DIR        the versions are that of jax; about 6 minutes; writes gpu_kernels.csv
 
 The counts are of XLA's program with default tiles. They are no times: nothing here has run on a GPU.
 """
@@ -56,7 +56,7 @@ def main():
     jax.devices()  # finds the plugin
     topology = topologies.get_topology_desc("h200", "cuda", topology="1x1x1", target_config=H200)
     sharding = NamedSharding(Mesh(np.array(topology.devices[:1]), "x"), PartitionSpec())
-    how = f"python results/gpu_kernels.py DIR; compiled for an H200 on {measure.facts('batch 512, width 256')}"
+    how = f"python experiments/gpu_kernels.py DIR; compiled for an H200 on {measure.facts('batch 512, width 256')}"
     rows = [partial(count, 64, name, sharding) for name in bench_update.VARIANTS]
     measure.measured("gpu_kernels", f"{how}, humanoid sizes", rows)
 

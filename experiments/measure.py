@@ -11,7 +11,7 @@ import numpy as np
 
 from shared import run
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 def facts(more: str = "") -> str:
@@ -57,7 +57,7 @@ def peak_memory() -> int:
 
 def write(name: str, how: str, rows: list[dict]) -> None:
     """Writes results/NAME.csv, with `how` it was made in a comment on top."""
-    with (HERE / f"{name}.csv").open("w", newline="") as file:
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         file.write(f"# {how}\n")
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

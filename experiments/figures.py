@@ -1,11 +1,11 @@
-"""Every figure and every table of results that this project shows, from the CSV files beside this script.
+"""Every figure and every table of results that this project shows, from the CSV files of results/.
 
     make figures                        redraw all, and say which differ from what was there
-    python results/figures.py --check   only say; exit code 1 if any differs
+    python experiments/figures.py --check   only say; exit code 1 if any differs
 
 Figures go beside the CSVs; tables and captions go into the pages, between the comments that name them. A figure's line
 is the mean over seeds at each evaluation, its band the 95 % bootstrap interval of that mean; a table has the last
-evaluation, never the best. results/runs.py redoes the runs; a measurement of speed names its script.
+evaluation, never the best. experiments/runs.py redoes the runs; a measurement of speed names its script.
 """
 
 import csv
@@ -25,7 +25,7 @@ import envs
 from algorithms import crl
 from shared import run
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parent.parent / "results"
 PAGES = ("README.md", "envs/README.md", "algorithms/crl.md", "algorithms/ppo_ad.md", "algorithms/cocoa.md")
 
 
@@ -97,7 +97,7 @@ FIGURES = {
 
 def lines(name: str) -> tuple[list[str], list[dict[str, str]]]:
     """The comments and the rows of results/NAME.csv."""
-    with (HERE / f"{name}.csv").open() as file:
+    with (RESULTS / f"{name}.csv").open() as file:
         text = file.readlines()
     comments = [line[1:].strip() for line in text if line.startswith("#")]
     return comments, list(csv.DictReader(line for line in text if not line.startswith("#")))
@@ -210,7 +210,7 @@ def draw_adaptation() -> bytes:
 
 
 def draw_cocoa_choices() -> bytes:
-    """What results/cocoa_choices.py measured: a dot a seed, a bar at the mean; the line is PEARL's mean."""
+    """What experiments/cocoa_choices.py measured: a dot a seed, a bar at the mean; the line is PEARL's mean."""
     from matplotlib import pyplot
 
     _, rows = lines("cocoa_choices")
@@ -247,7 +247,7 @@ def draw_trajectories() -> bytes:
 
 
 def pictures() -> dict:
-    return json.loads((HERE / "point_u_maze.json").read_text())
+    return json.loads((RESULTS / "point_u_maze.json").read_text())
 
 
 def saved(draw, *data) -> bytes:
@@ -306,7 +306,7 @@ def depth_table(root: str) -> str:
     facts = made("point_u4_maze_depth_8")
     text = f"`{facts['command']}`, and so on: share of episodes that reach their goal at the last evaluation; "
     text += f"{same_facts([name for curves in panels.values() for name in curves.values()])}; "
-    text += "one panel again: `python results/runs.py point_depth.u4`."
+    text += "one panel again: `python experiments/runs.py point_depth.u4`."
     return f"{text}\n\n{table(['maze', 'evaluation', *panels['u']], rows)}"
 
 
@@ -411,6 +411,7 @@ def measured_table(name: str, titles: dict[str, str], root: str) -> str:
     (how,), rows = lines(name)
     whole = lambda number: f"{int(number):,}" if number.isdigit() else number
     how = re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}\b", r"commit \1", how)
+    how = how.replace("python results/", "python experiments/")  # where the programs lay before
     text = f"`{how.replace('; ', '`; ', 1)}; [CSV]({root}results/{name}.csv)."
     return f"{text}\n\n{table(list(titles.values()), [[whole(row[column]) for column in titles] for row in rows])}"
 
@@ -443,7 +444,7 @@ TABLES = {
     "family_physics": partial(measured_table, "family_physics_cpu", PHYSICS),
 }
 """Name in a page's comment -> what writes what follows it; takes the way from the page to the top folder."""
-SPOT = re.compile(r"(<!-- results/figures\.py: (\w+) -->\n)(?:(?!<!-- ).)*?(<!-- end -->)", re.S)
+SPOT = re.compile(r"(<!-- experiments/figures\.py: (\w+) -->\n)(?:(?!<!-- ).)*?(<!-- end -->)", re.S)
 
 
 def page(text: str, root: str) -> str:
@@ -456,9 +457,9 @@ def main() -> None:
     check = sys.argv[1:] == ["--check"]
     if sys.argv[1:] and not check:
         raise SystemExit(f"error: {' '.join(sys.argv[1:])!r}; figures.py takes --check or nothing")
-    contents = {HERE / name: draw for name, draw in DRAWN.items()}
+    contents = {RESULTS / name: draw for name, draw in DRAWN.items()}
     for name in PAGES:
-        path = HERE.parent / name
+        path = RESULTS.parent / name
         text = lambda path=path, name=name: page(path.read_text(), "../" * name.count("/")).encode()
         contents[path] = text
     differ = 0
@@ -466,7 +467,7 @@ def main() -> None:
         new = content()
         same = path.exists() and path.read_bytes() == new
         differ += not same
-        print(f"{'same   ' if same else 'differs' if check else 'redrawn'} {path.relative_to(HERE.parent)}", flush=True)
+        print(f"{'same   ' if same else 'differs' if check else 'redrawn'} {path.relative_to(RESULTS.parent)}", flush=True)
         if not same and not check:
             path.write_bytes(new)
     if check and differ:

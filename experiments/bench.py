@@ -1,6 +1,6 @@
 """How fast the scripts are: the first part of `make bench`, about 4 minutes on 2 cores.
 
-    python results/bench.py
+    python experiments/bench.py
 
 Writes, with DEVICE cpu or gpu:
   bench_depth_DEVICE.csv    a gradient step of crl.py (critic, actor and alpha) at five depths
@@ -164,7 +164,7 @@ def main() -> None:
         return
     if sys.argv[1:]:
         raise SystemExit(__doc__)
-    how, device = f"python results/bench.py; {measure.facts()}", jax.default_backend()
+    how, device = f"python experiments/bench.py; {measure.facts()}", jax.default_backend()
     print(how, flush=True)
     sizes = f"{how}; batch {BATCH}, width {WIDTH}, humanoid sizes"
     measure.measured(f"bench_depth_{device}", sizes, [partial(alone, "depth", str(depth)) for depth in DEPTHS])

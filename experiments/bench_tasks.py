@@ -1,8 +1,8 @@
 """Every task: compile seconds, steps per second, and what a random policy scores. About 30 minutes on 2 cores.
 
-    python results/bench_tasks.py            all tasks below, and merged walls against one box a cell
-    python results/bench_tasks.py paper      the paper's ten tasks only
-    python results/bench_tasks.py NAME...    print these tasks only
+    python experiments/bench_tasks.py            all tasks below, and merged walls against one box a cell
+    python experiments/bench_tasks.py paper      the paper's ten tasks only
+    python experiments/bench_tasks.py NAME...    print these tasks only
 
 Writes tasks_DEVICE.csv and walls_DEVICE.csv. Compile time is tracing, lowering and compiling of 50 steps; rates are
 medians of 3. The random policy draws actions uniformly from [-1, 1]; its scores are those of crl.py's evaluation:
@@ -128,7 +128,7 @@ def measured(table: str, row_of, names: list[str]) -> None:
         print(rows[-1], flush=True)
         jax.clear_caches()
         if table:
-            measure.write(f"{table}_{jax.default_backend()}", f"python results/bench_tasks.py; {FACTS}", rows)
+            measure.write(f"{table}_{jax.default_backend()}", f"python experiments/bench_tasks.py; {FACTS}", rows)
 
 
 def main():

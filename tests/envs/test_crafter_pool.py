@@ -21,7 +21,7 @@ from envs import State
 from envs.crafter_pool import Crafter, CrafterPool
 
 crafter = pytest.importorskip("crafter")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NUM_ENVS, LIMIT, STEPS, SEED = 2, 146, 200, 14
 """With this seed one world ends by death, later at the time limit, the other by death just at the time limit."""
 HALF = 60
@@ -352,7 +352,7 @@ def _film(played):
 
 @pytest.mark.slow
 def test_a_random_policy_achieves_what_an_independent_measurement_found():
-    spec = importlib.util.spec_from_file_location("random_crafter", ROOT / "results" / "random_crafter.py")
+    spec = importlib.util.spec_from_file_location("random_crafter", ROOT / "experiments" / "random_crafter.py")
     random_crafter = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(random_crafter)
     played = random_crafter.play(episodes=24, num_envs=8, seed=1)

@@ -1,7 +1,7 @@
 """Craftax-Classic: what a random policy scores, and what resets cost.
 
-    python results/bench_crafter.py random     writes random_craftax.csv; about 3 minutes on 2 cores
-    python results/bench_crafter.py speed      writes crafter_envs_DEVICE.csv; about 6 minutes on 2 cores
+    python experiments/bench_crafter.py random     writes random_craftax.csv; about 3 minutes on 2 cores
+    python experiments/bench_crafter.py speed      writes crafter_envs_DEVICE.csv; about 6 minutes on 2 cores
 
 random: uniformly random actions until death, in the symbolic environment, which is the same game as the one of images
 and cheaper. The score is Crafter's, exp(mean of ln(1 + s)) - 1 with s the success rates in percent.
@@ -185,7 +185,7 @@ def speed(kind: str, num_envs: int) -> dict:
 
 
 def write(argument: str, name: str, what: str, rows: list[dict]) -> None:
-    measure.write(name, f"python results/bench_crafter.py {argument}; {FACTS}; {what}", rows)
+    measure.write(name, f"python experiments/bench_crafter.py {argument}; {FACTS}; {what}", rows)
 
 
 def main():

@@ -1,6 +1,6 @@
 """The designs of crl.py against others, the naive ones among them: the second part of `make bench`.
 
-    python results/bench_ratios.py        about 2 minutes on 2 cores; writes bench_ratios_DEVICE.csv
+    python experiments/bench_ratios.py        about 2 minutes on 2 cores; writes bench_ratios_DEVICE.csv
 
 Both are called in turns in one process; each time is a median, each ratio the median of the rounds' ratios.
 """
@@ -185,7 +185,7 @@ MEASUREMENTS = [
 def main():
     if sys.argv[1:]:
         raise SystemExit(__doc__)
-    how = f"python results/bench_ratios.py; {measure.facts(f'batch {BATCH}, width {WIDTH}')}"
+    how = f"python experiments/bench_ratios.py; {measure.facts(f'batch {BATCH}, width {WIDTH}')}"
     print(how, flush=True)
     measure.measured(f"bench_ratios_{jax.default_backend()}", how, MEASUREMENTS)
 

@@ -1,6 +1,6 @@
 """One gradient step of crl.py, profiled on this device: the third part of `make bench`.
 
-    python results/bench_update.py        about 3 minutes on 2 cores; writes bench_update_DEVICE.csv
+    python experiments/bench_update.py        about 3 minutes on 2 cores; writes bench_update_DEVICE.csv
 
 Ways to compute the same step, in turns in one process, each but for bfloat16 checked to give the same gradients; the
 bare matrix products of the step; and how many kernels the compiled program runs in a step, from its optimised HLO:
@@ -338,7 +338,7 @@ def profile(setting: str, rounds: int, **sizes) -> list[dict]:
 def main():
     if sys.argv[1:]:
         raise SystemExit(__doc__)
-    rows, how = [], f"python results/bench_update.py; {measure.facts('humanoid sizes')}"
+    rows, how = [], f"python experiments/bench_update.py; {measure.facts('humanoid sizes')}"
     print(how, flush=True)
     for depth, width, rounds in ((4, 64, 21), (16, 256, 11), (64, 256, 7)):
         rows += profile(f"depth {depth}, width {width}, batch 256", rounds, depth=depth, width=width, batch_size=256)

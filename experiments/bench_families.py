@@ -1,8 +1,8 @@
 """Task families: compile seconds, steps per second, returns at random; and which physics. About 6 minutes on 2 cores.
 
-    python results/bench_families.py            both tables
-    python results/bench_families.py NAME...    print these families only
-    python results/bench_families.py random     only the random policy's return on the test tasks of the point families
+    python experiments/bench_families.py            both tables
+    python experiments/bench_families.py NAME...    print these families only
+    python experiments/bench_families.py random     only random returns on the test tasks of the point families
 
 Writes families_DEVICE.csv, family_physics_DEVICE.csv, and random_points.csv, which is what 0 means in normalised
 returns of cocoa.py: means of 200 episodes in each test task of a seed. Compile time is tracing, lowering and compiling
@@ -174,7 +174,7 @@ def reference(env, state, controls, i: int, substeps: int) -> np.ndarray:
 
 
 def write(table: str, rows: list[dict]) -> None:
-    measure.write(table, f"python {' '.join(['results/bench_families.py', *sys.argv[1:]])}; {FACTS}", rows)
+    measure.write(table, f"python {' '.join(['experiments/bench_families.py', *sys.argv[1:]])}; {FACTS}", rows)
 
 
 def main():

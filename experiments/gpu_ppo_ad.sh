@@ -2,11 +2,11 @@
 # The paper's comparison on a GPU, in calls of at most 10 minutes: plain PPO, then PPO with achievement distillation, each for
 # SECONDS_EACH (200); the same call again goes on with both. Settings, metrics and figures of the runs go to OUT. Run folders,
 # with two checkpoints of about 2 GB each, stay in RUNS (runs/gpu).
-#   bash results/gpu_ppo_ad.sh OUT [FLAG...]                 seed 0, craftax_classic_pixels, a million steps
-#   RUNS=runs/gpu1 bash results/gpu_ppo_ad.sh OUT --seed 1 --dtype bfloat16
-#   RUNS=runs/crafter bash results/gpu_ppo_ad.sh OUT --env crafter
-#   SECONDS_EACH=450 ONLY=distilled bash results/gpu_ppo_ad.sh OUT
-# Afterwards: python results/runs.py publish NAME runs/gpu/plain (or OUT/plain)
+#   bash experiments/gpu_ppo_ad.sh OUT [FLAG...]                 seed 0, craftax_classic_pixels, a million steps
+#   RUNS=runs/gpu1 bash experiments/gpu_ppo_ad.sh OUT --seed 1 --dtype bfloat16
+#   RUNS=runs/crafter bash experiments/gpu_ppo_ad.sh OUT --env crafter
+#   SECONDS_EACH=450 ONLY=distilled bash experiments/gpu_ppo_ad.sh OUT
+# Afterwards: python experiments/runs.py publish NAME runs/gpu/plain (or OUT/plain)
 set -euo pipefail
 out=$(realpath "$1")
 shift
