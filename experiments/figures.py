@@ -467,7 +467,9 @@ def main() -> None:
         new = content()
         same = path.exists() and path.read_bytes() == new
         differ += not same
-        print(f"{'same   ' if same else 'differs' if check else 'redrawn'} {path.relative_to(RESULTS.parent)}", flush=True)
+        print(
+            f"{'same   ' if same else 'differs' if check else 'redrawn'} {path.relative_to(RESULTS.parent)}", flush=True
+        )
         if not same and not check:
             path.write_bytes(new)
     if check and differ:
