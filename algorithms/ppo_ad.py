@@ -22,83 +22,67 @@ paper's hyperparameters. Results, metrics and details: algorithms/ppo_ad.md.
 
 import dataclasses
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from annotated_types import Interval
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 from ott.geometry.geometry import Geometry
 
-import envs
 from envs import AchievementEnv, VectorEnv, VectorState
-from shared import run
-from shared.networks import Dense, ImpalaCNN, NormedDense, all_finite, count_parameters, unit_weights
+from shared import pictures, run
+from shared.networks import Dense, ImpalaCNN, NormedDense, VectorEncoder, unit_weights
+from shared.run import Count, Fraction, Positive, Share, Steps, Weight
 
 # ---- config -------------------------------------------------------------------------------------------------------
 
 RECIPES = {
-    "minicraft": dict(
-        total_env_steps=240_000,
-        num_envs=16,
-        episode_length=100,
-        unroll_length=128,
-        num_minibatches=4,
-        learning_rate=1e-3,
-        auxiliary_epochs=3,
-        dense_size=64,
-        latent_size=64,
-        num_eval_envs=128,
-        eval_every=30_000,
-        checkpoint_every=60_000,
-    ),
+    "minicraft": """
+        --total_env_steps 240_000 --num_envs 16 --episode_length 100 --unroll_length 128 --num_minibatches 4
+        --learning_rate 1e-3 --auxiliary_epochs 3 --dense_size 64 --latent_size 64
+        --num_eval_envs 128 --eval_every 30_000 --checkpoint_every 60_000
+    """,
 }
-"""Settings for environments whose name matches a pattern; a flag overrides each."""
+"""Flags for environments whose name matches a pattern; a flag that is given overrides them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(run.RunConfig):
     """Defaults are the paper's, unless a field says otherwise."""
 
     env: str = "minicraft"
     """Environment: minicraft, craftax_classic_pixels, craftax_classic_symbolic or crafter. Paper: crafter."""
-    env_options: str = ""
-    """Options of the environment (envs/README.md), e.g. 'workers=4' for crafter."""
-    seed: int = 0
-    """First seed."""
-    num_seeds: int = 1
-    """Number of seeds (seed, seed + 1, ...), trained side by side in one program; 1 for crafter. For small networks:
-    with images, seeds one after another are faster."""
-    total_env_steps: int = 1_000_000
+    total_env_steps: Steps = 1_000_000
     """Environment steps of a seed; rounded up to whole rollouts. Episodes that end later do not count in the scores."""
-    num_envs: int = 8
+    num_envs: Count = 8
     """Environments stepped in parallel, for each seed."""
-    episode_length: int = 10_000
+    episode_length: Count = 10_000
     """Time limit of an episode, in environment steps, in training and evaluation."""
-    unroll_length: int = 512
+    unroll_length: Count = 512
     """Steps of each environment in one rollout."""
-    discount: float = 0.95
-    """Discount of future rewards, in (0, 1)."""
-    gae_lambda: float = 0.65
-    """Lambda of generalised advantage estimation, in [0, 1]."""
+    discount: Fraction = 0.95
+    """Discount of future rewards."""
+    gae_lambda: Share = 0.65
+    """Lambda of generalised advantage estimation."""
     bootstrap_time_limit: bool = False
     """At the time limit, continue the return with the value of the last state. Without, as published, the time limit
     counts as the end of all rewards."""
-    update_epochs: int = 3
+    update_epochs: Count = 3
     """Passes of PPO over a rollout."""
-    num_minibatches: int = 8
+    num_minibatches: Count = 8
     """Minibatches, and so gradient steps, in a pass; they divide num_envs x unroll_length."""
-    clip: float = 0.2
+    clip: Positive = 0.2
     """PPO's limit on the change of the probability ratio."""
-    value_weight: float = 0.5
+    value_weight: Weight = 0.5
     """Weight of the value loss in PPO's loss."""
-    entropy_weight: float = 0.01
+    entropy_weight: Weight = 0.01
     """Weight of the entropy bonus in PPO's loss."""
-    learning_rate: float = 3e-4
+    learning_rate: Positive = 3e-4
     """Adam's, for each of the three losses."""
-    max_gradient_norm: float = 0.5
+    max_gradient_norm: Positive = 0.5
     """A gradient whose norm over all parameters is larger is scaled down to this."""
     distill: bool = True
     """Achievement distillation: the memory and the auxiliary phase. Without, this is PPO, and --prediction, --matching
@@ -109,96 +93,66 @@ class Config:
     """Cross-trajectory achievement matching in the auxiliary phase."""
     memory: bool = True
     """Policy, value and prediction also see the representation of the achievement unlocked last."""
-    auxiliary_every: int = 8
+    auxiliary_every: Count = 8
     """Rollouts between auxiliary phases; each phase learns from these."""
-    auxiliary_epochs: int = 6
+    auxiliary_epochs: Count = 6
     """Passes of matching and of prediction over the episodes in an auxiliary phase."""
-    auxiliary_batch_size: int = 512
+    auxiliary_batch_size: Count = 512
     """Steps of an episode in one minibatch of prediction, at most; longer episodes are split."""
-    temperature: float = 0.1
+    temperature: Positive = 0.1
     """Divides the inner products in both contrastive losses."""
-    num_targets: int = 16
+    num_targets: Count = 16
     """Episodes that each episode is matched with."""
     transport: Literal["sinkhorn", "dykstra"] = "sinkhorn"
     """Solver of the partial optimal transport: converging scalings on ott-jax, or step by step that of the published
     code. Their matches agree in 95 to 100 of 100 instances."""
-    transport_epsilon: float = 0.05
+    transport_epsilon: Positive = 0.05
     """Weight of the entropy in the transport problem, in units of the cost (1 - cosine)."""
-    transport_iterations: int | None = None
+    transport_iterations: Count | None = None
     """Iterations of the solver; by default 200 of sinkhorn, and 100 of dykstra, as published."""
-    match_threshold: float = 0.5
-    """Two achievements match if the transport plan moves more than this from one to the other; in [0.5, 1)."""
-    policy_regulariser: float = 1.0
+    match_threshold: Annotated[float, Interval(ge=0.5, lt=1), "so that matches are one to one"] = 0.5
+    """Two achievements match if the transport plan moves more than this from one to the other."""
+    policy_regulariser: Weight = 1.0
     """Weight, in the auxiliary losses, of the divergence from the policy at the start of the phase."""
-    value_regulariser: float = 1.0
+    value_regulariser: Weight = 1.0
     """Weight, in the auxiliary losses, of the value's squared error."""
     variant: Literal["code", "paper"] = "code"
     """Where the published code and the text differ (page, deviations): divergence KL(new || old) and value error from
     the returns, negatives of matching any achievement; or KL(old || new), half the squared change of the value,
     negatives unmatched achievements."""
-    channels: int = 64
+    channels: Count = 64
     """Channels of the image encoder's first stack; its other two have twice as many."""
-    dense_size: int = 256
+    dense_size: Count = 256
     """Units of the encoder's dense layer (two such layers where observations are not images)."""
-    latent_size: int = 1024
+    latent_size: Count = 1024
     """Length of the latent state, of the memory, and hidden units of the prediction networks."""
-    num_eval_envs: int = 32
+    num_eval_envs: Count = 32
     """Evaluation episodes."""
-    eval_every: int = 100_000
+    eval_every: Count = 100_000
     """Environment steps between evaluations; the end of the run always has one."""
-    checkpoint_every: int = 200_000
+    checkpoint_every: Count = 200_000
     """Environment steps between checkpoints; the beginning and the end always have one."""
     probe: bool = False
     """At each evaluation, also fit a linear classifier of the next achievement to the frozen encoder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Operands of the encoder's products and convolutions; on a GPU the convolutions' results are rounded to it too."""
-    matmul_precision: Literal["default", "float32", "tensorfloat32", "bfloat16"] = "default"
-    """JAX's precision of float32 matrix products; default is float32 on a CPU, and may be less on a GPU."""
-    run_dir: str = ""
-    """Run folder; by default runs/ppo_ad/ENV/SEED-TIME."""
-    resume: str = ""
-    """Run folder to go on with; its settings are in force."""
-    tensorboard: bool = False
-    """Also write TensorBoard events to the run folder (pip install -e '.[tensorboard]')."""
-    wandb: bool = False
-    """Also log to Weights & Biases (pip install -e '.[wandb]')."""
 
 
 def check(config: Config) -> None:
-    """UserError, in one line, if a setting cannot work."""
-
-    def need(fine, message):
-        if not fine:
-            raise run.UserError(message)
-
-    counts = "num_seeds total_env_steps num_envs episode_length unroll_length update_epochs num_minibatches"
-    counts += " auxiliary_every auxiliary_epochs auxiliary_batch_size num_targets channels"
-    for name in (*counts.split(), "dense_size", "latent_size", "num_eval_envs", "eval_every", "checkpoint_every"):
-        need(getattr(config, name) >= 1, f"{name} is {getattr(config, name)}; it is at least 1")
-    for name in ("learning_rate", "max_gradient_norm", "temperature", "transport_epsilon", "clip"):
-        need(getattr(config, name) > 0, f"{name} is {getattr(config, name)}; it is above 0")
-    for name in ("value_weight", "entropy_weight", "policy_regulariser", "value_regulariser"):
-        need(getattr(config, name) >= 0, f"{name} is {getattr(config, name)}; it is at least 0")
-    need(0 < config.discount < 1, f"discount is {config.discount}; it lies strictly between 0 and 1")
-    need(0 <= config.gae_lambda <= 1, f"gae_lambda is {config.gae_lambda}; it lies in [0, 1]")
-    need(
-        0.5 <= config.match_threshold < 1,
-        f"match_threshold is {config.match_threshold}; it lies in [0.5, 1), so that matches are one to one",
-    )
-    need(transport_iterations(config) >= 1, f"transport_iterations is {config.transport_iterations}; it is at least 1")
-    need(
+    """UserError, in one line, if settings cannot work together."""
+    run.need(
         config.num_eval_envs >= 2 or not config.probe,
         "num_eval_envs is 1; the probe is fitted to half of the environments and tested on the others, so it needs 2",
     )
     steps = rollout_steps(config)
     divisors = [n for n in range(1, steps + 1) if steps % n == 0]
-    need(
+    run.need(
         steps % config.num_minibatches == 0,
         f"num_minibatches is {config.num_minibatches}; it divides num_envs x unroll_length ({steps}), "
         f"as {min(divisors, key=lambda n: abs(n - config.num_minibatches))} does",
     )
-    need(steps > 1, "num_envs x unroll_length is 1; advantages are standardised over at least 2 steps")
-    need(
+    run.need(steps > 1, "num_envs x unroll_length is 1; advantages are standardised over at least 2 steps")
+    run.need(
         not (config.distill and config.unroll_length * config.auxiliary_every < 3),
         "auxiliary_every x unroll_length is below 3 steps, in which no episode begins, unlocks something and ends",
     )
@@ -215,23 +169,6 @@ def transport_iterations(config: Config) -> int:
 
 
 # ---- networks -----------------------------------------------------------------------------------------------------
-
-
-class VectorEncoder(eqx.Module):
-    """The encoder of observations that are not images: ImpalaCNN's dense layers on another one."""
-
-    first: Dense
-    dense: NormedDense
-    latent: NormedDense
-
-    def __init__(self, size: int, dense_size: int, latent_size: int, key: Key[Array, ""], dtype: str):
-        keys = jax.random.split(key, 3)
-        self.first = Dense(size, dense_size, keys[0], dtype)
-        self.dense = NormedDense(dense_size, dense_size, 1.4, keys[1], dtype)
-        self.latent = NormedDense(dense_size, latent_size, 1.0, keys[2], dtype)
-
-    def __call__(self, x: Float[Array, " features"]) -> Float[Array, " latent"]:
-        return self.latent(self.dense(jax.nn.relu(self.first(x))))
 
 
 class MLP(eqx.Module):
@@ -630,11 +567,13 @@ class TrainState(NamedTuple):
     acting: Acting
     window: Window | None
     scores: Scores
-    rollouts: Int[Array, ""]
+    env_steps: Int[Array, ""]
+    ppo_steps: Int[Array, ""]
+    """Gradient steps of PPO."""
     key: Key[Array, ""]
 
 
-def adam(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optax.adam(config.learning_rate))
 
 
@@ -655,10 +594,10 @@ def start_acting(config: Config, vector: VectorEnv, key: Key[Array, ""]) -> Acti
 
 def init(config: Config, vector: VectorEnv, key: Key[Array, ""]) -> TrainState:
     """The state of one seed before its first step."""
-    agent_key, env_key, key, _ = jax.random.split(key, 4)  # the fourth is evaluation_key's
+    agent_key, env_key, key, _ = jax.random.split(key, 4)  # the fourth is for evaluations
     env = vector.env
     agent = make_agent(config, env, agent_key)
-    optimizer = lambda wanted: adam(config).init(agent) if wanted else None
+    optimizer = lambda wanted: make_optimizer(config).init(agent) if wanted else None
     shape = config.num_envs, config.auxiliary_every * config.unroll_length
     window = Window(
         observation=jnp.zeros((*shape, *env.observation_shape), env.observation_dtype),
@@ -677,7 +616,8 @@ def init(config: Config, vector: VectorEnv, key: Key[Array, ""]) -> TrainState:
         acting=start_acting(config, vector, env_key),
         window=window if distills(config) else None,
         scores=Scores(jnp.zeros((), jnp.int32), jnp.zeros(len(env.achievement_names), jnp.int32)),
-        rollouts=jnp.zeros((), jnp.int32),
+        env_steps=jnp.zeros((), jnp.int32),
+        ppo_steps=jnp.zeros((), jnp.int32),
         key=key,
     )
 
@@ -728,22 +668,22 @@ def step(
     memory = recall(acting, latent)
     log_probs, value = act(agent, latent, memory)
     action = jax.random.categorical(key, log_probs)
-    after, seen = vector.step(current, action)
-    done = seen.terminated | seen.truncated
-    unlocked = jnp.any(seen.achievements != current.env.achievements, axis=1) & ~done
-    episode_return, episode_steps = acting.episode_return + seen.reward, acting.episode_steps + 1
+    envs, after, truncated = vector.step(current, action)
+    done = after.terminated | truncated
+    changed = jnp.any(after.achievements != current.env.achievements, axis=1)
+    unlocked = changed & ~done
+    episode_return, episode_steps = acting.episode_return + after.reward, acting.episode_steps + 1
 
-    reward = seen.reward
+    reward = after.reward
     if config.bootstrap_time_limit:
 
         def value_at_the_end():
-            last = encode(agent, seen.next_observation)
-            changed = jnp.any(seen.achievements != current.env.achievements, axis=1)
+            last = encode(agent, after.observation)
             ended = acting._replace(latent=latent, memory=memory, unlocked=changed, first=jnp.zeros_like(done))
             return normaliser.denormalise(act(agent, last, recall(ended, last))[1])
 
-        value_at_end = jax.lax.cond(seen.truncated.any(), value_at_the_end, lambda: jnp.zeros_like(reward))
-        reward = reward + jnp.where(seen.truncated, config.discount * value_at_end, 0)
+        value_at_end = jax.lax.cond(truncated.any(), value_at_the_end, lambda: jnp.zeros_like(reward))
+        reward = reward + jnp.where(truncated, config.discount * value_at_end, 0)
 
     row = Step(
         observation=current.env.observation,
@@ -755,12 +695,12 @@ def step(
         first=acting.first,
         done=done,
         unlocked=unlocked,
-        achievements=seen.achievements,
+        achievements=after.achievements,
         episode_return=episode_return,
         episode_steps=episode_steps,
     )
     acting = Acting(
-        envs=after,
+        envs=envs,
         latent=latent,
         memory=memory,
         unlocked=unlocked,
@@ -807,7 +747,6 @@ def learn(config: Config, state: TrainState, acting: Acting, rollout: Rollout) -
     standard = (advantage - advantage.mean()) / (advantage.std(ddof=1) + 1e-8)
     data = Batch(steps.observation, steps.action, steps.log_prob, steps.memory, standard, returns)
     data = jax.tree.map(flatten, data)
-    count = rollout_steps(config)
 
     def one_step(carry, indices):
         agent, normaliser, optimizer = carry
@@ -817,7 +756,7 @@ def learn(config: Config, state: TrainState, acting: Acting, rollout: Rollout) -
         return (agent, normaliser, optimizer), info
 
     def one_pass(carry, key):
-        indices = jax.random.permutation(key, count).reshape(config.num_minibatches, -1)
+        indices = jax.random.permutation(key, rollout_steps(config)).reshape(config.num_minibatches, -1)
         return jax.lax.scan(one_step, carry, indices)
 
     key, update_key = jax.random.split(state.key)
@@ -832,9 +771,10 @@ def learn(config: Config, state: TrainState, acting: Acting, rollout: Rollout) -
         normaliser=normaliser,
         ppo_optimizer=optimizer,
         acting=acting,
-        window=None if state.window is None else extend(config, state.window, state.rollouts, steps, returns),
+        window=None if state.window is None else extend(config, state.window, state.env_steps, steps, returns),
         scores=scores,
-        rollouts=state.rollouts + 1,
+        env_steps=state.env_steps + rollout_steps(config),
+        ppo_steps=state.ppo_steps + config.update_epochs * config.num_minibatches,
         key=key,
     )
     return state, info
@@ -845,21 +785,21 @@ def flatten(x: Shaped[Array, "a b ..."]) -> Shaped[Array, "a*b ..."]:
 
 
 def descend(config: Config, agent: Agent, gradient: Agent, optimizer: optax.OptState) -> tuple[Agent, optax.OptState]:
-    updates, optimizer = adam(config).update(gradient, optimizer)
+    updates, optimizer = make_optimizer(config).update(gradient, optimizer)
     return optax.apply_updates(agent, updates), optimizer
 
 
-def extend(config: Config, window: Window, rollouts: Int[Array, ""], steps: Step, returns) -> Window:
+def extend(config: Config, window: Window, env_steps: Int[Array, ""], steps: Step, returns) -> Window:
     """Writes a rollout to its place in the window."""
     new = Window(steps.observation, steps.action, steps.memory, returns, steps.first, steps.unlocked)
-    start = rollouts % config.auxiliary_every * config.unroll_length
+    start = env_steps // config.num_envs % (config.auxiliary_every * config.unroll_length)
     put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.swapaxes(0, 1), start, axis=1)
     return jax.tree.map(put, window, new)
 
 
 def score_episodes(config: Config, state: TrainState, steps: Step) -> tuple[Scores, dict]:
     """Counts the episodes that ended in a rollout, up to the step budget."""
-    time = state.rollouts * config.unroll_length + 1 + jnp.arange(config.unroll_length)
+    time = state.env_steps // config.num_envs + 1 + jnp.arange(config.unroll_length)
     ended = steps.done & (time * config.num_envs <= config.total_env_steps)[:, None]
     successes = jnp.sum(steps.achievements & ended[..., None], axis=(0, 1), dtype=jnp.int32)
     scores = Scores(state.scores.episodes + ended.sum(dtype=jnp.int32), state.scores.successes + successes)
@@ -1131,9 +1071,7 @@ def match_goals(
 # ---- evaluation ---------------------------------------------------------------------------------------------------
 
 
-def evaluation_key(seed: Int[Array, ""]) -> Key[Array, ""]:
-    """Evaluations draw from a key of their own, so that evaluating more or less often changes nothing else."""
-    return jax.random.split(jax.random.key(seed), 4)[3]
+SCORES = run.Scores("Crafter score, %", {"eval/score": "evaluation", "train/score": "all training episodes so far"})
 
 
 def evaluate(config: Config, vector: VectorEnv, agent: Agent, key: Key[Array, ""]) -> dict:
@@ -1229,11 +1167,85 @@ def probe(config: Config, vector: VectorEnv, agent: Agent, key: Key[Array, ""]) 
     }
 
 
-# ---- pictures -----------------------------------------------------------------------------------------------------
+# ---- main ---------------------------------------------------------------------------------------------------------
+
+
+@run.command
+def main(argv: list[str] | None = None) -> None:
+    config = run.configure(Config, RECIPES, __doc__, argv)
+    check(config)
+    env = run.make_env(config.env, AchievementEnv, config.env_options)
+    run.need(
+        env.in_jax or config.num_seeds == 1,
+        f"num_seeds is {config.num_seeds}; {config.env} runs outside of JAX, so it is 1",
+    )
+    vectors = [env.vectorise(n, config.episode_length) for n in (config.num_envs, config.num_eval_envs)]
+    with run.Run(config, "ppo_ad", SCORES) as log:
+        try:
+            agent = train(config, *vectors, log)
+            draw(config, vectors[1], agent, log)
+        except RuntimeError:
+            reason = vectors[0].failure or vectors[1].failure
+            if not reason:
+                raise
+            raise run.UserError(f"{reason}; to go on from the last checkpoint: --resume {log.folder}") from None
+        finally:
+            for vector in vectors:
+                vector.close()
+
+
+def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Run) -> Agent:
+    """Begins or resumes; then rollouts, PPO, and now and then an auxiliary phase. Returns the first seed's agent."""
+    begin = log.over_seeds(partial(init, config, vector))
+    shapes = jax.eval_shape(begin, log.seeds)
+    switches = [name for name in ("prediction", "matching", "memory") if config.distill and getattr(config, name)]
+    what = f"PPO with {', '.join(switches)}" if switches else "plain PPO"
+    log.describe(RECIPES, what, f"simulator: {vector.env.simulator}", agent=shapes.agent, encoder=shapes.agent.encoder)
+    acting = shapes.agent, shapes.normaliser, shapes.acting
+    # donates nothing, so that the state outlives an environment that fails
+    collect_rollout = log.compile("collect", partial(collect, config, vector), *acting)
+    learn_rollout = log.compile("learn", partial(learn, config), shapes, *collect_rollout.output, donate=True)
+    score = log.compile("evaluate", partial(evaluate, config, eval_vector), shapes.agent, log.seeds)
+    if distills(config):
+        distil_window = log.compile("distil", partial(distil, config), shapes, donate=True)
+    state = log.restore(shapes)
+    if state is None:
+        state = begin(log.seeds)
+    elif not vector.env.in_jax:
+        log.progress.show("replaying the episodes that were going on")
+        vector.restore(jax.tree.map(lambda x: x[0], state.acting.envs))
+    while log.going(state):
+        try:
+            rollout = jax.block_until_ready(collect_rollout(state.agent, state.normaliser, state.acting))
+        except RuntimeError:
+            log.save(state)
+            raise
+        state, metrics = learn_rollout(state, *rollout)
+        if distills(config) and state.env_steps[0] // rollout_steps(config) % config.auxiliary_every == 0:
+            state, auxiliary = distil_window(state)
+            metrics |= auxiliary
+        if log.evaluates(state):
+            metrics |= score(state.agent, log.evaluation_keys(state))
+            eval_vector.close()
+        log.end_chunk(state, metrics)
+    return jax.tree.map(lambda x: x[0], state.agent)
+
 
 FILM_STEPS = 500
 """The film of episodes is cut after so many steps."""
 FILM_EPISODES = 4
+
+
+def draw(config: Config, vector: VectorEnv, agent: Agent, log: run.Run) -> None:
+    """All figures of a finished run."""
+    log.print(f"learning curve  {pictures.draw_curve(log.folder, SCORES)}")
+    title = f"{config.env}: last evaluation of {config.num_eval_envs} episodes"
+    log.print(f"success rates   {pictures.draw_success(log.folder, vector.env.achievement_names, title)}")
+    log.progress.show("filming the policy")
+    key = run.evaluation_key(jax.random.key(config.seed))
+    states, done = jax.jit(partial(record_episodes, config, vector))(agent, key)
+    film = pictures.film_first_episodes(vector.env, states, done, str(log.folder / "rollout"))
+    log.print(f"policy          {film}")
 
 
 def record_episodes(config: Config, vector: VectorEnv, agent: Agent, key: Key[Array, ""]):
@@ -1251,194 +1263,11 @@ def record_episodes(config: Config, vector: VectorEnv, agent: Agent, key: Key[Ar
     return jax.lax.scan(body, start_acting(config, vector, start_key), keys)[1]
 
 
-def draw_film(config: Config, vector: VectorEnv, agent: Agent, stem: str) -> str:
-    """A film of a few episodes with the final policy; each stands still at the state before its last step."""
-    key = evaluation_key(jnp.array(config.seed))
-    states, done = jax.jit(partial(record_episodes, config, vector))(agent, key)
-    done = np.asarray(done)
-    last = np.where(done.any(axis=0), done.argmax(axis=0), len(done) - 1)
-    frames = np.minimum(np.arange(last.max() + 1), last[:, None])  # (episodes, time)
-    episode = np.arange(done.shape[1])[:, None]
-    return vector.env.render(jax.tree.map(lambda x: x[frames, episode], states), stem)
-
-
-def draw_success(folder, names: tuple[str, ...], title: str):
-    """Bars of the last evaluation's success rates: the mean over seeds, and a line from the lowest to the highest."""
-    from matplotlib import pyplot
-
-    metrics = run.read_metrics(folder)
-    last = metrics["env_steps"] == metrics["env_steps"].max()
-    rates = 100 * np.stack([metrics[f"eval/success/{name}"][last] for name in names], axis=1)  # (seeds, names)
-    figure, axes = pyplot.subplots(figsize=(6, 1 + 0.22 * len(names)), layout="constrained")
-    mean = rates.mean(axis=0)
-    axes.barh(np.arange(len(names)), mean, xerr=np.abs(np.stack([rates.min(axis=0), rates.max(axis=0)]) - mean))
-    axes.set_yticks(np.arange(len(names)), [name.replace("_", " ") for name in names], fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel="episodes that unlock it, %", xlim=(0, 100), title=title)
-    axes.grid(axis="x", alpha=0.3)
-    path = folder / "achievements.png"
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
-
-
-def draw(config: Config, vector: VectorEnv, state: TrainState, log: run.Run) -> None:
-    """All figures of a finished run; of several seeds, the first one's policy."""
-    curves = {"eval/score": "evaluation", "train/score": "all training episodes so far"}
-    log.print(f"learning curve  {run.plot_curve(log.folder, curves, 'Crafter score, %')}")
-    title = f"{config.env}: last evaluation of {config.num_eval_envs} episodes"
-    log.print(f"success rates   {draw_success(log.folder, vector.env.achievement_names, title)}")
-    log.progress.show("filming the policy")
-    agent = jax.tree.map(lambda x: x[0], state.agent)
-    log.print(f"policy          {draw_film(config, vector, agent, str(log.folder / 'rollout'))}")
-
-
-# ---- main ---------------------------------------------------------------------------------------------------------
-
-
-def make_env(config: Config) -> AchievementEnv:
-    """The environment; UserError if it has no achievements or cannot do what is asked."""
-    try:
-        env = envs.make(config.env, **run.parse_options(config.env_options))
-    except ValueError as error:
-        raise run.UserError(str(error)) from None
-    if not isinstance(env, AchievementEnv):
-        choice = ", ".join(envs.WITH_ACHIEVEMENTS)
-        script = "cocoa.py" if config.env in envs.FAMILIES else "crl.py"
-        raise run.UserError(f"{config.env} has no achievements to unlock; take one of {choice}, or run {script}")
-    if not env.in_jax and config.num_seeds > 1:
-        raise run.UserError(f"num_seeds is {config.num_seeds}; {config.env} runs outside of JAX, so it is 1")
-    return env
-
-
-def count(config: Config, state: TrainState) -> dict[str, int]:
-    """Steps of one seed so far."""
-    rollouts = int(state.rollouts[0])
-    return {
-        "env_steps": rollouts * rollout_steps(config),
-        "ppo_steps": rollouts * config.update_epochs * config.num_minibatches,
-    }
-
-
-@run.command
-def main(argv: list[str] | None = None) -> None:
-    config = run.configure(Config, RECIPES, __doc__, argv)
-    check(config)
-    env = make_env(config)
-    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
-    vectors = [env.vectorise(n, config.episode_length) for n in (config.num_envs, config.num_eval_envs)]
-    with run.Run(config, "ppo_ad") as log:
-        train(config, *vectors, log)
-
-
-def describe(config: Config, vector: VectorEnv, state: TrainState, log: run.Run) -> None:
-    log.print(f"run folder {log.folder}")
-    recipe = run.recipe_for(config.env, RECIPES)
-    if recipe:
-        log.print(f"recipe for {config.env}: " + " ".join(f"{k}={getattr(config, k)}" for k in recipe))
-    switches = [name for name in ("prediction", "matching", "memory") if config.distill and getattr(config, name)]
-    log.print(f"PPO with {', '.join(switches)}" if switches else "plain PPO")
-    parameters = count_parameters(state.agent) // config.num_seeds
-    encoder = count_parameters(state.agent.encoder) // config.num_seeds
-    log.print(f"{parameters:,} parameters, {encoder:,} of them in the encoder")
-    precision = f"{config.dtype} encoder, matmul precision {config.matmul_precision}"
-    log.print(f"{config.env} by {vector.env.simulator}; {run.device_name()}; {precision}; {config.num_seeds} seed(s)")
-
-
-def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Run) -> None:
-    """The run: set up or resume, then rollouts with auxiliary phases, evaluations and checkpoints between them, then
-    the figures."""
-    seed_numbers = config.seed + jnp.arange(config.num_seeds)
-    seeds = jax.vmap(jax.random.key)(seed_numbers)
-    batched = partial(run.over_seeds, config.num_seeds)
-    begin = jax.jit(batched(partial(init, config, vector)))
-    shapes = jax.eval_shape(begin, seeds)
-    describe(config, vector, shapes, log)
-    collecting = batched(partial(collect, config, vector))
-    learning = batched(partial(learn, config))
-    distilling = batched(partial(distil, config))
-    evaluating = batched(partial(evaluate, config, eval_vector))
-    acts = shapes.agent, shapes.normaliser, shapes.acting
-    learns = (shapes, *jax.eval_shape(collecting, *acts))
-    # a compiled program that calls other processes does not tell what it returns
-    columns = [*jax.eval_shape(learning, *learns)[1], *jax.eval_shape(evaluating, shapes.agent, seeds)]
-    # collecting donates nothing, so that the state outlives an environment that fails
-    collecting = log.compile("collect", jax.jit(collecting), *acts)
-    learning = log.compile("learn", jax.jit(learning, donate_argnums=0), *learns)
-    evaluating = log.compile("evaluate", jax.jit(evaluating), shapes.agent, seeds)
-    if distills(config):
-        columns += jax.eval_shape(distilling, shapes)[1]
-        distilling = log.compile("distil", jax.jit(distilling, donate_argnums=0), shapes)
-
-    state, steps = log.restore(shapes) if log.resumed else (None, None)
-    if state is not None and not vector.env.in_jax:
-        log.progress.show("replaying the episodes that were going on")
-        try:
-            vector.restore(jax.tree.map(lambda x: x[0], state.acting.envs))
-        except RuntimeError:
-            vector.close()
-            raise run.UserError(str(vector.failure)) from None
-    try:
-        if state is None:
-            log.progress.show("initialising")
-            state = begin(seeds)
-            steps = count(config, state)
-            log.save(state, steps)
-        score = ""
-        log.start_clock(steps["env_steps"])
-        while steps["env_steps"] < config.total_env_steps and not log.stopping:
-            before = steps
-            acting, rollout = jax.block_until_ready(collecting(state.agent, state.normaliser, state.acting))
-            state, info = learning(state, acting, rollout)
-            steps = count(config, state)
-            if distills(config) and steps["env_steps"] // rollout_steps(config) % config.auxiliary_every == 0:
-                state, more = distilling(state)
-                info |= more
-            metrics = jax.tree.map(np.asarray, info)
-            check_finite(metrics, steps, state)
-            if log.due(config.eval_every, before, steps):
-                keys = jax.vmap(lambda seed, step: jax.random.fold_in(evaluation_key(seed), step), (0, None))(
-                    seed_numbers, steps["env_steps"]
-                )
-                metrics |= jax.tree.map(np.asarray, evaluating(state.agent, keys))
-                eval_vector.close()
-                score = f"score {metrics['eval/score'].mean():.2f}"
-                log.print(summary(steps, metrics))
-            log.log(steps, metrics, columns)
-            log.show(steps["env_steps"], score)
-            if log.due(config.checkpoint_every, before, steps):
-                log.save(state, steps)
-        if log.stopping:
-            log.save(state, steps)
-            log.stopped(f"at env step {steps['env_steps']:,}")
-        draw(config, eval_vector, state, log)
-    except RuntimeError:
-        reason = vector.failure or eval_vector.failure
-        if not reason:
-            raise
-        if vector.failure and state is not None:
-            log.save(state, steps)  # as it was before the rollout that failed
-        raise run.UserError(f"{reason}; to go on from the last checkpoint: --resume {log.folder}") from None
-    finally:
-        vector.close()
-        eval_vector.close()
-    log.print(str(log.folder))
-
-
-def check_finite(metrics: dict[str, np.ndarray], steps: dict[str, int], state: TrainState) -> None:
-    """UserError if PPO's loss, of shape (num_seeds,), or a parameter is NaN or infinite."""
-    if np.isfinite(metrics["train/loss"]).all() and all_finite(state.agent):
-        return
-    raise run.UserError(
-        f"the loss or a parameter is not finite at env step {steps['env_steps']}; training stopped, the last good "
-        "checkpoint is kept. Try a lower learning rate anew"
-    )
-
-
-def summary(steps: dict[str, int], metrics: dict[str, np.ndarray]) -> str:
-    """One line on an evaluation, means over seeds."""
-    score, total = metrics["eval/score"].mean(), metrics["eval/return"].mean()
-    return f"env steps {steps['env_steps']:>9,}  score {score:5.2f} %  return {total:5.2f}"
+def load(folder: str, seed: int | None = None) -> tuple[Config, AchievementEnv, Agent]:
+    """Settings, environment and networks of a run, of its first seed or another; only reads (see the README)."""
+    config = run.load_config(Config, folder)
+    env = run.make_env(config.env, AchievementEnv, config.env_options)
+    return config, env, run.load_agent(partial(make_agent, config, env), folder, config, seed)
 
 
 if __name__ == "__main__":

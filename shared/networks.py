@@ -7,7 +7,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Float, Key
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -113,12 +113,46 @@ class ResidualMLP(eqx.Module):
         self.options = options
 
     def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
-        def apply(x, block):
+        def run_block(x, block):
             return block(x), None
 
-        apply = jax.checkpoint(apply, policy=REMAT_POLICIES[self.options.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(apply, self.stem(x), self.blocks, unroll=self.options.unroll)
+        run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[self.options.remat], prevent_cse=False)
+        x, _ = jax.lax.scan(run_block, self.stem(x), self.blocks, unroll=self.options.unroll)
         return self.head(x)
+
+
+class MLP(eqx.Module):
+    """Three hidden layers with ReLU, with rlkit's initial weights.
+
+    Hidden weights are uniform in +-1/sqrt(width), width being the layer's own rather than its input's, and biases 0.1;
+    the last layer's are all uniform in +-final.
+    """
+
+    layers: tuple[Dense, ...]
+
+    def __init__(self, in_size: int, width: int, out_size: int, final: float, key: Key[Array, ""]):
+        *keys, bias_key = jax.random.split(key, 5)
+        sizes = [in_size, width, width, width, out_size]
+        limits = [1 / math.sqrt(width)] * 3 + [final]
+        biases = [jnp.full(width, 0.1)] * 3 + [jax.random.uniform(bias_key, (out_size,), minval=-final, maxval=final)]
+        layers = []
+        for i, (layer_key, limit, bias) in enumerate(zip(keys, limits, biases)):
+            layer = Dense(sizes[i], sizes[i + 1], layer_key)
+            weight = layer.weight * limit * math.sqrt(sizes[i])  # from +-1/sqrt(in_size)
+            layers.append(eqx.tree_at(lambda x: (x.weight, x.bias), layer, (weight, bias)))
+        self.layers = tuple(layers)
+
+    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
+        for layer in self.layers[:-1]:
+            x = jax.nn.relu(layer(x))
+        return self.layers[-1](x)
+
+
+def over_batch(network, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    """A network of one example, on a batch of any shape."""
+    for _ in x.shape[:-1]:
+        network = jax.vmap(network)
+    return network(x)
 
 
 def unit_weights(key: Key[Array, ""], shape: tuple[int, ...], norm: float) -> Float[Array, "..."]:
@@ -258,6 +292,23 @@ class ImpalaCNN(eqx.Module):
         return self.latent(self.dense(image.reshape(-1)))
 
 
+class VectorEncoder(eqx.Module):
+    """The encoder of observations that are not images: ImpalaCNN's dense layers on another one."""
+
+    first: Dense
+    dense: NormedDense
+    latent: NormedDense
+
+    def __init__(self, size: int, dense_size: int, latent_size: int, key: Key[Array, ""], dtype: str):
+        keys = jax.random.split(key, 3)
+        self.first = Dense(size, dense_size, keys[0], dtype)
+        self.dense = NormedDense(dense_size, dense_size, 1.4, keys[1], dtype)
+        self.latent = NormedDense(dense_size, latent_size, 1.0, keys[2], dtype)
+
+    def __call__(self, x: Float[Array, " features"]) -> Float[Array, " latent"]:
+        return self.latent(self.dense(jax.nn.relu(self.first(x))))
+
+
 class SquashedGaussian(NamedTuple):
     """The distribution of tanh(x) with x ~ N(mean, exp(log_std)^2), independent in each dimension."""
 
@@ -285,14 +336,3 @@ class SquashedGaussian(NamedTuple):
         log_normal = -0.5 * noise**2 - self.log_std - 0.5 * math.log(2 * math.pi)
         log_slope = 2 * (math.log(2) - x - jax.nn.softplus(-2 * x))
         return jnp.tanh(x), (log_normal - log_slope).sum(-1)
-
-
-def count_parameters(tree) -> int:
-    """Number of scalars in a PyTree of arrays (or of their shapes)."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-@jax.jit
-def all_finite(tree) -> Bool[Array, ""]:
-    """Whether no number in a PyTree of arrays is NaN or infinite."""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()

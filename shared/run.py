@@ -1,6 +1,20 @@
-"""Everything of a run that is not the algorithm: flags, run folder, progress, checkpoints, learning curve.
+"""Everything of a run that is not the algorithm: flags, run folder, progress, checkpoints, the bookkeeping of the loop.
 
-This is the only file that knows about disks and terminals; a fork may delete it and lose no algorithm.
+This is the only file that knows about disks and terminals. A script calls it, and it never calls a script:
+
+    config = run.configure(Config, RECIPES, __doc__, argv)
+    with run.Run(config, "crl", SCORES) as log:
+        begin = log.over_seeds(partial(init, config, env))
+        shapes = jax.eval_shape(begin, log.seeds)
+        chunk = log.compile("chunk", partial(collect_and_learn, config, env), shapes, donate=True)
+        state = log.restore(shapes) or begin(log.seeds)
+        while log.going(state):
+            state, metrics = chunk(state)
+            log.end_chunk(state, metrics)
+
+The state is a NamedTuple whose leaves have a leading axis of seeds. A run looks at these of its fields: `agent`, the
+first one, holds the networks, which stay finite; those named `..._steps` count the steps of one seed so far, first
+`env_steps`, then gradient steps.
 """
 
 import ast
@@ -13,8 +27,10 @@ import importlib.metadata
 import inspect
 import json
 import math
+import operator
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -23,26 +39,22 @@ import textwrap
 import threading
 import time
 import typing
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from annotated_types import Ge, Gt, Interval
+from jaxtyping import Key
+
+import envs
 
 PACKAGES = (
-    "jax",
-    "jaxlib",
-    "equinox",
-    "optax",
-    "ott-jax",
-    "brax",
-    "mujoco",
-    "mujoco-mjx",
-    "craftax",
-    "crafter",
-    "numpy",
+    *("jax", "jaxlib", "equinox", "optax", "ott-jax", "brax", "mujoco", "mujoco-mjx", "craftax", "crafter", "numpy"),
 )
 CHECKPOINTS_KEPT = 2
 TIMING_COLUMNS = ("seconds", "compile_seconds", "env_steps_per_second")
@@ -51,6 +63,12 @@ TIMING_COLUMNS = ("seconds", "compile_seconds", "env_steps_per_second")
 
 class UserError(Exception):
     """Something the user can mend; the message is one line that says what is wrong and what would be right."""
+
+
+def need(fine: bool, message: str) -> None:
+    """UserError with this message unless all is fine."""
+    if not fine:
+        raise UserError(message)
 
 
 def command(main):
@@ -70,28 +88,61 @@ def command(main):
     return wrapped
 
 
-# ---- flags --------------------------------------------------------------------------------------------------------
+# ---- settings and flags ---------------------------------------------------------------------------------------------
+
+Count = Annotated[int, Ge(1)]
+Steps = Annotated[int, Interval(ge=1, le=2_000_000_000)]
+"""Counted in 32 bits."""
+Weight = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Fraction = Annotated[float, Interval(gt=0, lt=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The settings that concern no algorithm. A script's Config inherits them and adds its own, among them `env`,
+    `total_env_steps`, `eval_every` and `checkpoint_every`."""
+
+    seed: int = 0
+    """First seed."""
+    num_seeds: Count = 1
+    """Number of seeds (seed, seed + 1, ...), trained side by side in one program."""
+    env_options: str = ""
+    """Options of the environment (envs/README.md): 'name=value,name=value'."""
+    matmul_precision: Literal["default", "float32", "tensorfloat32", "bfloat16"] = "default"
+    """JAX's precision of float32 matrix products; default is float32 on a CPU, and may be less on a GPU."""
+    run_dir: str = ""
+    """Run folder; by default runs/ALGORITHM/ENV/SEED-TIME."""
+    resume: str = ""
+    """Run folder to go on with; its settings are in force. A larger total_env_steps goes on with a finished run."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to the run folder (pip install -e '.[tensorboard]')."""
+    wandb: bool = False
+    """Also log to Weights & Biases (pip install -e '.[wandb]')."""
 
 
 def field_docs(config_class) -> dict[str, str]:
-    """The docstring under each field of a dataclass, which Python itself throws away."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
+    """The docstring under each field of a dataclass and of its bases, which Python itself throws away."""
     docs = {}
-    for field, doc in zip(tree.body, tree.body[1:]):
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
-            docs[field.target.id] = inspect.cleandoc(doc.value.value).replace("\n", " ")
+    for each in filter(dataclasses.is_dataclass, reversed(config_class.__mro__)):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
+        for field, doc in zip(tree.body, tree.body[1:]):
+            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+                docs[field.target.id] = inspect.cleandoc(doc.value.value).replace("\n", " ")
     return docs
 
 
-def configure(config_class, recipes: dict[str, dict], description: str, argv: list[str] | None = None):
+def configure(config_class, recipes: dict[str, str], description: str, argv: list[str] | None = None):
     """Builds a Config from the command line.
 
     Defaults are the dataclass's; on them come the recipes whose pattern matches `--env`, then the flags given. With
-    `--resume`, everything comes from that run's config.json and a flag may only repeat it. `--help` prints and exits.
+    `--resume`, everything comes from that run's config.json; a flag may only repeat it, or raise total_env_steps.
+    `--help` prints and exits.
 
     Args:
-      config_class: a dataclass with fields `env` and `resume` and a docstring under each field.
-      recipes: pattern of environment names -> field values.
+      config_class: a subclass of RunConfig with a docstring under each field.
+      recipes: pattern of environment names -> flags, as one would type them.
       description: what `--help` says first.
       argv: the command line, program first; by default the process's.
 
@@ -99,35 +150,24 @@ def configure(config_class, recipes: dict[str, dict], description: str, argv: li
       UserError: an unknown flag, a bad value, a leftover argument, or a run folder that does not fit.
     """
     argv = sys.argv if argv is None else argv
-    docs, values = field_docs(config_class), flags.FlagValues()
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    for name, field in fields.items():
-        _define(field, docs[name], values)
     if {"-h", "--help", "-help"} & set(argv[1:]):
-        print(_help(description, fields, docs, recipes))
+        print(_help(config_class, recipes, description))
         sys.exit(0)
-    try:
-        leftover = values(argv)[1:]
-    except flags.Error as error:
-        raise UserError(str(error).replace("\n", " ") + " (--help lists all flags)") from None
-    if leftover:
-        raise UserError(f"{leftover[0]!r} is not a flag; write --name=value (--help lists all flags)")
-    given = {name: values[name].value for name in fields if values[name].present}
+    given = _parse(config_class, argv[1:])
     if given.get("resume"):
-        saved = _saved_config(given["resume"], fields)
-        for name, value in given.items():
-            if name != "resume" and value != saved[name]:
-                raise UserError(
-                    f"--{name}={value} disagrees with the run in {given['resume']}, which has {saved[name]}; "
-                    "drop the flag, or start a new run"
-                )
-        return config_class(**{**saved, "resume": given["resume"]})
-    return config_class(**{**recipe_for(given.get("env", fields["env"].default), recipes), **given})
+        settings = _resumed(config_class, given)
+    else:
+        settings = recipe_for(config_class, given.get("env", config_class.env), recipes) | given
+    config = config_class(**settings)
+    for field in dataclasses.fields(config):
+        _check_range(field, getattr(config, field.name))
+    return config
 
 
-def recipe_for(env: str, recipes: dict[str, dict]) -> dict:
+def recipe_for(config_class, env: str, recipes: dict[str, str]) -> dict:
     """The settings of all patterns that match an environment's name, later ones over earlier ones."""
-    return {k: v for pattern, recipe in recipes.items() if fnmatch.fnmatch(env, pattern) for k, v in recipe.items()}
+    matching = [recipe for pattern, recipe in recipes.items() if fnmatch.fnmatch(env, pattern)]
+    return _parse(config_class, " ".join(matching).split())
 
 
 def parse_options(text: str) -> dict:
@@ -144,45 +184,124 @@ def parse_options(text: str) -> dict:
     return options
 
 
-def _define(field, doc, values):
-    kind, options = field.type, {"flag_values": values}
-    if typing.get_origin(kind) is typing.Literal:
-        flags.DEFINE_enum(field.name, field.default, list(typing.get_args(kind)), doc, **options)
-        return
-    kind = next(k for k in (bool, int, float, str) if k in (kind, *typing.get_args(kind)))
+def make_env(name: str, kind: type[envs.Env], options: str) -> envs.Env:
+    """An environment of this kind, with options as the flag has them; UserError if there is none."""
+    try:
+        return envs.make_kind(name, kind, **parse_options(options))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def load_config(config_class, folder):
+    """The settings of the run in a folder; UserError if there is none, or another version of the script made it."""
+    try:
+        saved = json.loads((Path(folder) / "config.json").read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder} is not a run folder: it has no readable config.json") from None
+    odd = ", ".join(sorted(set(saved) ^ {field.name for field in dataclasses.fields(config_class)}))
+    if odd:
+        raise UserError(f"{folder} was made by another version of this script (fields {odd}); resume it with that one")
+    return config_class(**saved)
+
+
+def _parse(config_class, arguments: list[str]) -> dict:
+    """The flags given, by name."""
+    values = flags.FlagValues()
     define = {
         bool: flags.DEFINE_boolean,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         str: flags.DEFINE_string,
-    }[kind]
-    define(field.name, field.default, doc, **options)
+    }
+    fields = dataclasses.fields(config_class)
+    for field in fields:
+        kind, _ = _kind(field.type)
+        if typing.get_origin(kind) is Literal:
+            flags.DEFINE_enum(field.name, field.default, list(typing.get_args(kind)), "", flag_values=values)
+        else:
+            define[kind](field.name, field.default, "", flag_values=values)
+    try:
+        leftover = values(["", *arguments])[1:]
+    except flags.Error as error:
+        raise UserError(str(error).replace("\n", " ") + " (--help lists all flags)") from None
+    if leftover:
+        raise UserError(f"{leftover[0]!r} is not a flag; write --name=value (--help lists all flags)")
+    return {field.name: values[field.name].value for field in fields if values[field.name].present}
 
 
-def _help(description, fields, docs, recipes):
+def _resumed(config_class, given: dict) -> dict:
+    """The settings of the run to resume; a flag may repeat them, or ask for more steps."""
+    folder, name = given["resume"], "total_env_steps"
+    saved = dataclasses.asdict(load_config(config_class, folder)) | {"resume": folder}
+    more = given.get(name, 0) > saved[name]
+    if more and saved.get("final_lr_fraction", 1) != 1:
+        raise UserError(
+            f"the learning rates of the run in {folder} fall until step {saved[name]} (final_lr_fraction), so it "
+            f"cannot go on to {given[name]}; start a new run"
+        )
+    for flag, value in given.items():
+        if value != saved[flag] and not (more and flag == name):
+            raise UserError(
+                f"--{flag}={value} disagrees with the run in {folder}, which has {saved[flag]}; "
+                "drop the flag, or start a new run"
+            )
+    return saved | given
+
+
+def _kind(annotation) -> tuple[type, dict]:
+    """What a field holds when it is not None, and its limits: 'ge' -> 1 and so on, and 'why' -> their reason."""
+    if type(None) in typing.get_args(annotation):
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) is not Annotated:
+        return annotation, {}
+    kind, *metadata = typing.get_args(annotation)
+    limits = {}
+    for limit in metadata:
+        limits |= {"why": limit} if isinstance(limit, str) else dataclasses.asdict(limit)
+    return kind, {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def _range(limits: dict) -> str:
+    """Limits in words."""
+    low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
+    why = f", {limits['why']}" if "why" in limits else ""
+    if "multiple_of" in limits:
+        return f"is a positive multiple of {limits['multiple_of']}"
+    if high is None:
+        return f"is {'at least' if 'ge' in limits else 'above'} {low}{why}"
+    if {"gt", "lt"} <= set(limits):
+        return f"lies strictly between {low} and {high}{why}"
+    return f"lies in {'[' if 'ge' in limits else '('}{low}, {high}{']' if 'le' in limits else ')'}{why}"
+
+
+def _check_range(field, value) -> None:
+    _, limits = _kind(field.type)
+    hold = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
+    hold["multiple_of"] = lambda value, step: value % step == 0
+    if value is None or all(hold[name](value, limit) for name, limit in limits.items() if name in hold):
+        return
+    step = limits.get("multiple_of")
+    example = f", e.g. {max(step, round(value / step) * step)}" if step else ""
+    raise UserError(f"{field.name} is {value}; it {_range(limits)}{example}")
+
+
+def _help(config_class, recipes, description):
+    docs = field_docs(config_class)
+    parsed = {pattern: _parse(config_class, recipe.split()) for pattern, recipe in recipes.items()}
+    common = [field.name for field in dataclasses.fields(RunConfig)]
     lines = [inspect.cleandoc(description), "", "flags:"]
-    for name, field in fields.items():
-        choices = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name in common):
+        kind, limits = _kind(field.type)
+        choices = f"One of {', '.join(typing.get_args(kind))}. " if typing.get_origin(kind) is Literal else ""
+        limits = f"It {_range(limits)}. " if limits else ""
         default = f"default: {'none' if field.default in (None, '') else field.default}"
-        for pattern, recipe in recipes.items():
-            if name in recipe:
-                default += f"; {recipe[name]} for {pattern}"
-        text = f"{docs[name]} {'One of ' + ', '.join(choices) + '. ' if choices else ''}({default})"
-        lines.append(f"  --{name}")
+        for pattern, recipe in parsed.items():
+            if field.name in recipe:
+                default += f"; {recipe[field.name]} for {pattern}"
+        text = f"{docs[field.name]} {choices}{limits}({default})"
+        lines.append(f"  --{field.name}")
         lines.append(textwrap.fill(text, 110, initial_indent=" " * 6, subsequent_indent=" " * 6))
     return "\n".join(lines)
-
-
-def _saved_config(folder, fields):
-    path = Path(folder) / "config.json"
-    try:
-        saved = json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder} is not a run folder: it has no readable config.json") from None
-    if set(saved) != set(fields):
-        odd = ", ".join(sorted(set(saved) ^ set(fields)))
-        raise UserError(f"{folder} was made by another version of this script (fields {odd}); resume it with that one")
-    return saved
 
 
 # ---- progress -----------------------------------------------------------------------------------------------------
@@ -242,50 +361,70 @@ class Progress:
 # ---- the run folder -----------------------------------------------------------------------------------------------
 
 
+class Scores(NamedTuple):
+    """What a run shows of its evaluations: in the terminal, and as its learning curve."""
+
+    what: str
+    """What is measured, with its unit."""
+    curves: dict[str, str]
+    """Metric -> label, first the one that the progress line shows; a run may lack some of them."""
+
+
+class Program(NamedTuple):
+    """A compiled function of all seeds."""
+
+    compiled: Callable
+    output: typing.Any
+    """Shapes of what it returns."""
+
+    def __call__(self, *args):
+        return self.compiled(*args)
+
+
 class Run:
     """A run folder and the bookkeeping of the loop that fills it.
 
     Attributes:
       folder: `config.json`, `metrics.csv`, `checkpoints/` and figures lie here.
-      resumed: whether it existed before.
-      stopping: Ctrl-C or SIGTERM asked the loop to end after its chunk.
+      seeds: a random key for each seed, shape (num_seeds,).
+      steps: step counts of the state that `going` or `end_chunk` saw last, first `env_steps`.
+      stopping: the signal by which Ctrl-C or SIGTERM asked the loop to end after its chunk; else None.
       compile_seconds: spent in `compile` so far, over all sessions of the run.
 
     Args:
       config: the script's Config.
       algorithm: its name, a part of the default folder.
+      scores: what to show of evaluations.
+      unsaved: fields of the state that checkpoints leave out; a restored state has None there.
 
     Raises:
       UserError: the folder cannot be written, or already holds a run.
     """
 
-    def __init__(self, config, algorithm: str):
-        self.config, self.resumed, self.stopping, self.compile_seconds = config, bool(config.resume), None, 0.0
+    def __init__(self, config, algorithm: str, scores: Scores, unsaved: tuple[str, ...] = ()):
+        jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+        self.config, self.scores, self.seeds = config, scores, _seed_keys(config)
+        self.stopping, self.compile_seconds, self.steps = None, 0.0, {}
+        self._unsaved, self._columns, self._score = dict.fromkeys(unsaved), [], ""
         name = f"{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(config.resume or config.run_dir or Path("runs", algorithm, config.env, name))
-        config_file = self.folder / "config.json"
         try:
-            if not self.resumed and config_file.exists():
-                raise UserError(
-                    f"{self.folder} already holds a run; go on with --resume {self.folder}, or name another"
-                )
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            _begin_folder(self.folder, config)
             self._sinks = list(_sinks(config, self.folder))
-            if self.resumed:
-                os.utime(self.folder / "checkpoints")
-            else:
-                _write_atomically(config_file, json.dumps(_facts(config), indent=2).encode())
         except OSError as error:
             raise UserError(f"cannot write run folder {self.folder}: {error.strerror}; choose a --run_dir") from None
         self._earlier_seconds, self._started = 0.0, time.monotonic()
-        self._first_step = self._last_step = (0, 0.0)
+        self._first_step = self._last_step = None
+        self._saved_at = None
         self.progress = Progress()
 
     def __enter__(self):
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, exception, *_):
+        if not exception:
+            self.print(str(self.folder))
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self.progress.close()
@@ -305,71 +444,198 @@ class Run:
         return self._earlier_seconds + time.monotonic() - self._started
 
     def print(self, text: str) -> None:
+        """A line that stays."""
         self.progress.print(text)
 
-    def compile(self, name: str, function, *args):
-        """Compiles a jitted function for these arguments; prints how long that took and what memory it will use."""
+    # -- before the loop
+
+    def over_seeds(self, function, donate: bool = False):
+        """A function of one seed, jitted and batched over a leading axis of seeds.
+
+        One seed skips `vmap`, under which `lax.cond` would compute both of its branches. With `donate`, the first
+        argument's memory is reused for the result: a replay is never copied.
+        """
+        return jax.jit(over_seeds(self.config.num_seeds, function), donate_argnums=(0,) if donate else ())
+
+    def compile(self, name: str, function, *shapes, donate: bool = False) -> Program:
+        """Compiles a function of one seed for arguments of all seeds; prints how long that took and its memory.
+
+        A dict among its results holds metrics; their names become columns of metrics.csv.
+        """
         self.progress.show(f"compiling {name}")
         start = time.monotonic()
-        compiled = function.lower(*args).compile()
+        traced = self.over_seeds(function, donate).trace(*shapes)
+        compiled, output = traced.lower().compile(), traced.out_info
         seconds = time.monotonic() - start
         self.compile_seconds += seconds
+        for result in output if type(output) is tuple else [output]:
+            self._columns += result if isinstance(result, dict) else []
         memory = compiled.memory_analysis()
         held, temporary = (getattr(memory, f"{kind}_size_in_bytes", 0) / 1e6 for kind in ("argument", "temp"))
         self.print(f"compiled {name} in {seconds:.1f} s; memory {held:.0f} MB held, {temporary:.0f} MB temporary")
-        return compiled
+        return Program(compiled, output)
 
-    # -- metrics
+    def describe(self, recipes: dict[str, str], *lines: str, **networks) -> None:
+        """The start-up report: folder, recipe, these lines, parameters of the networks of one seed, device."""
+        config = self.config
+        self.print(f"run folder {self.folder}")
+        recipe = recipe_for(type(config), config.env, recipes)
+        if recipe:
+            self.print(f"recipe for {config.env}: " + " ".join(f"--{k}={getattr(config, k)}" for k in recipe))
+        for line in lines:
+            self.print(line)
+        for name, network in networks.items():
+            size = sum(leaf.size for leaf in jax.tree.leaves(network)) // config.num_seeds
+            self.print(f"{name:12s} {size:,} parameters")
+        self.print(f"device {device_name()}; matmul precision {config.matmul_precision}; {config.num_seeds} seed(s)")
 
-    def log(self, steps: dict[str, int], metrics: dict[str, np.ndarray], columns: list[str]) -> None:
-        """Writes one row per seed to metrics.csv.
+    def restore(self, like):
+        """Loads the newest checkpoint that is intact, and cuts metrics.csv back to it.
 
         Args:
-          steps: step counts, the first of them `env_steps`.
-          metrics: name -> array of shape (num_seeds,); what is missing of `columns` is left blank.
-          columns: all metrics that this script ever logs.
+          like: a state, or the shapes of one.
+
+        Returns:
+          The state; None if the run is new, or had not saved any yet.
+
+        Raises:
+          UserError: every checkpoint is damaged, or an intact one holds other arrays; nothing was changed then.
         """
-        now, before = (steps["env_steps"], self.seconds), self._last_step
-        rate = (now[0] - before[0]) / (now[1] - before[1])
+        if not self.config.resume:
+            return None
+        paths = _checkpoints(self.folder)
+        for path in paths:
+            with path.open("rb") as file:
+                header = _intact_header(file)
+                if header is None:
+                    self.print(f"checkpoint {path} is damaged; falling back to the one before it")
+                    continue
+                state = _read_state(file, like._replace(**self._unsaved))
+            for damaged in paths[: paths.index(path)]:
+                damaged.replace(damaged.with_suffix(".damaged"))
+            self._earlier_seconds = header["seconds"]
+            self.compile_seconds += header["compile_seconds"]
+            self._saved_at = header["steps"]["env_steps"]
+            self._cut_metrics(self._saved_at)
+            self.print(f"resumed from {path}")
+            return state
+        if paths:
+            raise UserError(f"no checkpoint in {self.folder / 'checkpoints'} is intact; start a new run")
+        self.print("the run had not saved a checkpoint yet: starting from the beginning")
+        self._cut_metrics(-1)
+        return None
+
+    # -- the loop
+
+    def going(self, state) -> bool:
+        """Whether there is another chunk to do. After Ctrl-C or SIGTERM: saves, says how to go on, and exits."""
+        self.steps = _count(state)
+        if self._first_step is None:  # after all compilation: speed is counted from here
+            self._first_step = self._last_step = (self.steps["env_steps"], self.seconds)
+            if self._saved_at is None:
+                self.save(state)
+        if self.stopping:
+            self.save(state)
+            self.exit_if_stopping()
+        return self.steps["env_steps"] < self.config.total_env_steps
+
+    def exit_if_stopping(self) -> None:
+        """After Ctrl-C or SIGTERM: says how to go on, and exits. What was not saved before is lost."""
+        if self.stopping:
+            number = signal.Signals(self.stopping)
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
+            self.print(f"{number.name}: stopped at env step {self.steps.get('env_steps', 0):,}. To go on: {command}")
+            self.print(str(self.folder))
+            sys.exit(128 + number)
+
+    def evaluates(self, state) -> bool:
+        """Whether an evaluation is due after the chunk that led to this state."""
+        return self._due(self.config.eval_every, self.steps, _count(state))
+
+    def evaluation_keys(self, state) -> Key[jax.Array, " num_seeds"]:
+        """Keys for an evaluation. Nothing else draws from them, so that more or fewer evaluations change nothing else.
+
+        They stem from the last of four parts of the seed's key; `init` must leave that alone.
+        """
+        *_, gradient_steps = _count(state).values()
+        return jax.vmap(lambda key: jax.random.fold_in(evaluation_key(key), gradient_steps))(self.seeds)
+
+    def end_chunk(self, state, metrics: dict[str, jax.Array]) -> None:
+        """Checks that all is finite, writes metrics.csv, shows the progress, and saves a checkpoint where one is due.
+
+        Args:
+          state: after the chunk.
+          metrics: name -> values of shape (num_seeds,), or (num_seeds, gradient steps), of which the mean is kept.
+
+        Raises:
+          UserError: a metric `train/...loss` or a parameter of `state.agent` is NaN or infinite.
+        """
+        before, self.steps = self.steps, _count(state)
+        metrics = {name: np.asarray(values) for name, values in metrics.items()}
+        self._check_finite(before, state, metrics)
+        metrics = {name: x.mean(axis=1) if x.ndim > 1 else x for name, x in metrics.items()}
+        self._write_row(metrics)
+        shown = [f"{label} {metrics[name].mean():.4g}" for name, label in self.scores.curves.items() if name in metrics]
+        if any(name.startswith("eval/") for name in metrics):
+            self._score = shown[0]
+            self.print(f"env steps {self.steps['env_steps']:>11,}  {self.scores.what}: {'; '.join(shown)}")
+        self._show_progress()
+        if self._due(self.config.checkpoint_every, before, self.steps):
+            self.save(state)
+
+    def _due(self, every, before, after):
+        """Whether a chunk reached or crossed a multiple of `every` environment steps, or ended the run."""
+        before, after = before["env_steps"], after["env_steps"]
+        return after >= self.config.total_env_steps or after // every > before // every
+
+    def _check_finite(self, before, state, metrics):
+        losses = {name: x.reshape(len(x), -1) for name, x in metrics.items() if re.fullmatch("train/.*loss", name)}
+        gradient_step = list(before.values())[-1]
+        bad = [(*np.argwhere(~np.isfinite(x.T))[0], name) for name, x in losses.items() if not np.isfinite(x).all()]
+        if bad:
+            step, seed, name = min(bad)
+            many = losses[name].shape[1] > 1
+            where = f"gradient step {gradient_step + step + 1}" if many else f"env step {self.steps['env_steps']}"
+            what = f"{name} is {losses[name][seed, step]} at {where} of seed {self.config.seed + seed}"
+        elif not all_finite(state.agent):
+            what = f"a parameter is not finite after gradient step {list(self.steps.values())[-1]}"
+        else:
+            return
+        raise UserError(f"{what}; training stopped, the last good checkpoint is kept. Try lower learning rates anew")
+
+    def _write_row(self, metrics):
+        now, last = (self.steps["env_steps"], self.seconds), self._last_step
         self._last_step = now
-        head = {**steps, **dict(zip(TIMING_COLUMNS, (self.seconds, self.compile_seconds, rate)))}
+        times = (self.seconds, self.compile_seconds, (now[0] - last[0]) / (now[1] - last[1]))
+        head = self.steps | {name: f"{time:.3f}" for name, time in zip(TIMING_COLUMNS, times)}
         path = self.folder / "metrics.csv"
         new = not path.exists() or not path.stat().st_size
         with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, ["seed", *head, *columns])
+            writer = csv.DictWriter(file, ["seed", *head, *self._columns])
             if new:
                 writer.writeheader()
             for i in range(self.config.num_seeds):
                 row = {name: f"{float(values[i]):.9g}" for name, values in metrics.items()}
-                row |= {k: v if isinstance(v, int) else f"{v:.3f}" for k, v in head.items()}
-                writer.writerow({"seed": self.config.seed + i, **row})
+                writer.writerow({"seed": self.config.seed + i, **head, **row})
         for sink in self._sinks:
-            sink.write(steps["env_steps"], {k: float(np.mean(v)) for k, v in metrics.items()})
+            sink.write(self.steps["env_steps"], {k: float(np.mean(v)) for k, v in metrics.items()})
 
-    def due(self, every: int, before: dict[str, int], after: dict[str, int]) -> bool:
-        """Whether a chunk reached or crossed a multiple of `every` environment steps, or ended the run."""
-        done = after["env_steps"] >= self.config.total_env_steps
-        return done or after["env_steps"] // every > before["env_steps"] // every
-
-    def show(self, env_steps: int, score: str) -> None:
-        """The progress line: how far, how fast, how long to go, how well."""
-        total = self.config.total_env_steps
+    def _show_progress(self):
+        """How far, how fast, how long to go, how well."""
+        total, done = self.config.total_env_steps, self.steps["env_steps"]
         rate = (self._last_step[0] - self._first_step[0]) / (self._last_step[1] - self._first_step[1])
-        left = _clock((total - env_steps) / rate)
-        text = f"{_short(env_steps)} of {_short(total)} env steps  {rate:,.0f} steps/s  {left} left"
-        self.progress.show(f"{text}  {score}".rstrip())
+        left = _clock((total - done) / rate)
+        text = f"{_short(done)} of {_short(total)} env steps  {rate:,.0f} steps/s  {left} left  {self._score}"
+        self.progress.show(text.rstrip())
 
-    def start_clock(self, env_steps: int) -> None:
-        """Call before the first chunk: speed is counted from here, after all compilation."""
-        self._first_step = self._last_step = (env_steps, self.seconds)
-
-    # -- checkpoints
-
-    def save(self, state, steps: dict[str, int]) -> None:
-        """Writes a checkpoint: a JSON line with the steps, times and a checksum, then the leaves of `state`.
+    def save(self, state) -> None:
+        """Writes a checkpoint: a JSON line with the steps, times and a checksum, then the leaves of the state.
 
         It is complete or absent: written under another name, flushed to the disk and renamed. The last two are kept.
         """
+        steps = _count(state)
+        if self._saved_at == steps["env_steps"]:
+            return
         header = {"steps": steps, "seconds": self.seconds, "compile_seconds": self.compile_seconds, "sha256": "0" * 64}
         path = self.folder / "checkpoints" / f"{steps['env_steps']:012d}.eqx"
         partial = path.with_suffix(".partial")
@@ -377,7 +643,7 @@ class Run:
             with partial.open("wb") as file:
                 file.write(json.dumps(header).encode() + b"\n")
                 hashing = _Hashing(file, header)
-                eqx.tree_serialise_leaves(hashing, jax.tree.map(_plain, state))
+                eqx.tree_serialise_leaves(hashing, jax.tree.map(_plain, state._replace(**self._unsaved)))
                 file.seek(0)
                 file.write(json.dumps({**header, "sha256": hashing.digest()}).encode() + b"\n")
                 file.flush()
@@ -386,47 +652,9 @@ class Run:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise UserError(f"cannot write checkpoint {path}: {error}; make room and go on with --resume") from None
-        for old in self._checkpoints()[CHECKPOINTS_KEPT:]:
+        self._saved_at = steps["env_steps"]
+        for old in _checkpoints(self.folder)[CHECKPOINTS_KEPT:]:
             old.unlink()
-
-    def restore(self, like):
-        """Loads the newest checkpoint that is intact, and cuts metrics.csv back to it.
-
-        Args:
-          like: PyTree of arrays or `jax.ShapeDtypeStruct` shaped like the saved one.
-
-        Returns:
-          The state and its step counts, or (None, None) if the run had not saved any yet.
-
-        Raises:
-          UserError: every checkpoint is damaged, or an intact one holds other arrays; nothing was changed then.
-        """
-        paths = self._checkpoints()
-        for path in paths:
-            header = _intact_header(path)
-            if header is None:
-                self.print(f"checkpoint {path} is damaged; falling back to the one before it")
-                continue
-            try:
-                state = _read_state(path, like)
-            except (RuntimeError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{path} does not fit this version of the script: {reason}") from None
-            for damaged in paths[: paths.index(path)]:
-                damaged.replace(damaged.with_suffix(".damaged"))
-            self._earlier_seconds = header["seconds"]
-            self.compile_seconds += header["compile_seconds"]
-            self._cut_metrics(header["steps"]["env_steps"])
-            self.print(f"resumed from {path}")
-            return state, header["steps"]
-        if paths:
-            raise UserError(f"no checkpoint in {self.folder / 'checkpoints'} is intact; start a new run")
-        self.print("the run had not saved a checkpoint yet: starting from the beginning")
-        self._cut_metrics(-1)
-        return None, None
-
-    def _checkpoints(self):
-        return sorted((self.folder / "checkpoints").glob("*.eqx"), reverse=True)
 
     def _cut_metrics(self, env_steps):
         path = self.folder / "metrics.csv"
@@ -440,15 +668,34 @@ class Run:
         kept = [row for row in whole if int(row.split(",")[column]) <= env_steps]
         _write_atomically(path, "".join([header, *kept]).encode())
 
-    # -- the end
 
-    def stopped(self, where: str) -> typing.NoReturn:
-        """Says how to go on after Ctrl-C or SIGTERM, and exits."""
-        number = signal.Signals(self.stopping)
-        command = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
-        self.print(f"{number.name}: stopped {where}. To go on: {command}")
-        self.print(str(self.folder))
-        sys.exit(128 + number)
+# ---- what else reads runs -----------------------------------------------------------------------------------------
+
+
+def load_agent(make_agent, folder, config, seed: int | None = None):
+    """The networks of one seed from the newest intact checkpoint of a run, which may be going on. Only reads.
+
+    Args:
+      make_agent: random key -> the networks, for their shapes.
+      seed: one of the run's seeds; by default its first.
+
+    Raises:
+      UserError: the run has no such seed or no intact checkpoint, or another version of the script made it.
+    """
+    index = 0 if seed is None else seed - config.seed
+    if not 0 <= index < config.num_seeds:
+        raise UserError(f"seed is {seed}; {folder} has {config.num_seeds} seed(s) from {config.seed} on")
+    like = jax.eval_shape(jax.vmap(make_agent), _seed_keys(config))
+    for path in _checkpoints(folder):
+        with path.open("rb") as file:
+            if _intact_header(file):
+                return jax.tree.map(lambda x: x[index], _read_state(file, like))
+    raise UserError(f"{folder} has no intact checkpoint; a run saves its first before its first gradient step")
+
+
+def evaluation_key(key: Key[jax.Array, ""]) -> Key[jax.Array, ""]:
+    """The part of a seed's key that only evaluations and pictures draw from."""
+    return jax.random.split(key, 4)[3]
 
 
 def read_metrics(folder) -> dict[str, np.ndarray]:
@@ -458,45 +705,8 @@ def read_metrics(folder) -> dict[str, np.ndarray]:
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
 
 
-def plot_curve(folder, curves: dict[str, str], ylabel: str, bottom: float | None = -0.02) -> Path:
-    """Draws metrics against environment steps: the mean over seeds, and a band from the lowest to the highest.
-
-    Args:
-      folder: the run folder; the figure is its `curve.png`.
-      curves: name of a metric -> label.
-      bottom: where the vertical axis begins; None for wherever the curves do.
-    """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    metrics = read_metrics(folder)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, label in curves.items():
-        plot_seeds(axes, metrics["env_steps"], metrics[name], label)
-    axes.set(xlabel="environment steps", ylabel=ylabel, ylim=(bottom, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = Path(folder) / "curve.png"
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
-
-
-def plot_seeds(axes, steps: np.ndarray, values: np.ndarray, label: str) -> None:
-    """A line through the means over seeds of values (rows,) at equal steps (rows,), in their range; NaN is left out."""
-    at = np.unique(steps[~np.isnan(values)])
-    seeds = [values[(steps == step) & ~np.isnan(values)] for step in at]
-    (line,) = axes.plot(at, [v.mean() for v in seeds], label=label)
-    axes.fill_between(at, [v.min() for v in seeds], [v.max() for v in seeds], alpha=0.2, color=line.get_color())
-
-
 def over_seeds(num_seeds: int, function):
-    """Batches a function of one seed over a leading axis of seeds.
-
-    One seed skips `vmap`, under which `lax.cond` would compute both of its branches.
-    """
+    """Batches a function of one seed over a leading axis of seeds; see `Run.over_seeds`."""
     if num_seeds > 1:
         return jax.vmap(function)
     return lambda *args: jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], args)))
@@ -533,6 +743,45 @@ def commit() -> str:
 # ---- helpers ------------------------------------------------------------------------------------------------------
 
 
+def _seed_keys(config):
+    return jax.vmap(jax.random.key)(config.seed + jnp.arange(config.num_seeds))
+
+
+@jax.jit
+def all_finite(tree) -> jax.Array:
+    """Whether no number in a PyTree of arrays is NaN or infinite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _count(state) -> dict[str, int]:
+    """The step counts of a state, which are those of each of its seeds."""
+    return {name: int(value[0]) for name, value in state._asdict().items() if name.endswith("_steps")}
+
+
+def _begin_folder(folder, config):
+    """Makes the run folder with its config.json; of a resumed run, brings that up to date."""
+    path = folder / "config.json"
+    if config.resume:
+        facts = json.loads(path.read_text())
+        if facts["config"] != _settings(config):  # more steps than before
+            facts |= {"config": _settings(config), "extended": [*facts.get("extended", []), _command()]}
+            _write_atomically(path, json.dumps(facts, indent=2).encode())
+        os.utime(folder / "checkpoints")
+        return
+    if path.exists():
+        raise UserError(f"{folder} already holds a run; go on with --resume {folder}, or name another")
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    _write_atomically(path, json.dumps(_facts(config), indent=2).encode())
+
+
+def _settings(config):
+    return {**dataclasses.asdict(config), "resume": ""}
+
+
+def _command():
+    return shlex.join(["python", *sys.argv])
+
+
 def _facts(config):
     def version(package):
         try:
@@ -541,8 +790,8 @@ def _facts(config):
             return None
 
     return {
-        "config": {**dataclasses.asdict(config), "resume": ""},
-        "command": shlex.join(["python", *sys.argv]),
+        "config": _settings(config),
+        "command": _command(),
         "commit": commit(),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "device": device_name(),
@@ -577,23 +826,32 @@ def _plain(leaf):
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _intact_header(path):
+def _checkpoints(folder):
+    """The checkpoints in a run folder, the newest first."""
+    return sorted((Path(folder) / "checkpoints").glob("*.eqx"), reverse=True)
+
+
+def _intact_header(file):
     """A checkpoint's header, or None if its checksum does not fit."""
-    with path.open("rb") as file:
-        try:
-            header = json.loads(file.readline())
-            checksum = _header_hash(header)
-            while block := file.read(1 << 20):
-                checksum.update(block)
-            return header if checksum.hexdigest() == header["sha256"] else None
-        except (ValueError, KeyError, AttributeError):
-            return None
+    try:
+        header = json.loads(file.readline())
+        checksum = _header_hash(header)
+        while block := file.read(1 << 20):
+            checksum.update(block)
+        return header if checksum.hexdigest() == header["sha256"] else None
+    except (ValueError, KeyError, AttributeError):
+        return None
 
 
-def _read_state(path, like):
-    with path.open("rb") as file:
-        file.readline()
+def _read_state(file, like):
+    """The leaves of a checkpoint, or its first ones; UserError if they are other arrays than those of `like`."""
+    file.seek(0)
+    file.readline()
+    try:
         plain = eqx.tree_deserialise_leaves(file, jax.eval_shape(lambda tree: jax.tree.map(_plain, tree), like))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file.name} does not fit this version of the script: {reason}") from None
     return jax.tree.map(lambda raw, shape: jax.random.wrap_key_data(raw) if _is_key(shape) else raw, plain, like)
 
 
