@@ -6,18 +6,33 @@ import inspect
 from typing import Any
 
 from envs import mazes
-from envs.base import AchievementEnv, Env, State, TaskFamily, Transition, VectorEnv, VectorState
+from envs.base import (
+    AchievementEnv,
+    AchievementState,
+    Env,
+    GoalEnv,
+    GoalState,
+    State,
+    TaskFamily,
+    TaskState,
+    VectorEnv,
+    VectorState,
+)
 
 __all__ = [
     "AchievementEnv",
+    "AchievementState",
     "Env",
+    "GoalEnv",
+    "GoalState",
     "State",
     "TaskFamily",
-    "Transition",
+    "TaskState",
     "VectorEnv",
     "VectorState",
-    "far",
+    "far_goals",
     "make",
+    "make_kind",
     "names",
 ]
 
@@ -72,22 +87,12 @@ def names() -> list[str]:
     return sorted([*in_mazes, *IN_THE_OPEN, *WITH_ACHIEVEMENTS, *FAMILIES])
 
 
-def make(name: str, **options: Any) -> Env:
+def make(name: str, /, **options: Any) -> Env:
     """The environment of this name, with options of its class.
 
     ValueError in one line, with the nearest names, if there is no such environment, maze or option.
     """
-    robot = max((robot for robot in IN_MAZES if name.startswith(f"{robot}_")), key=len, default="")
-    without_maze = IN_THE_OPEN | WITH_ACHIEVEMENTS | FAMILIES
-    if name in without_maze:
-        path, arguments = without_maze[name]
-    elif robot and (name in names() or "_gen_" in name):
-        path, arguments = IN_MAZES[robot], {"layout": name.removeprefix(f"{robot}_")}
-    else:
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
-        listed = f"{', '.join(without_maze)}, and {', '.join(IN_MAZES)} with a maze: {', '.join(mazes.DRAWINGS)}"
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {listed}"
-        raise ValueError(f"unknown environment {name!r}; {hint}")
+    path, arguments = _class_and_arguments(name)
     module, _, attribute = path.rpartition(".")
     robot_class = getattr(importlib.import_module(module), attribute)
     known = {o.name: o for o in inspect.signature(robot_class).parameters.values() if o.name not in arguments}
@@ -104,7 +109,39 @@ def make(name: str, **options: Any) -> Env:
     return env
 
 
-def far(name: str) -> str | None:
-    """The environment with the same walls and the far goals that a policy is evaluated on, if there is one."""
+def make_kind(name: str, kind: type[Env], /, **options: Any) -> Env:
+    """`make` for a script that takes this kind only: GoalEnv, AchievementEnv or TaskFamily; else ValueError."""
+    _class_and_arguments(name)  # an unknown name is no environment of another kind
+    actual, script = GoalEnv, "crl.py"
+    if name in WITH_ACHIEVEMENTS:
+        actual, script = AchievementEnv, "ppo_ad.py"
+    elif name in FAMILIES:
+        actual, script = TaskFamily, "cocoa.py"
+    complaint = {
+        GoalEnv: f"has no goals to reach; it is for {script}",
+        AchievementEnv: f"has no achievements to unlock; take one of {', '.join(WITH_ACHIEVEMENTS)}, or run {script}",
+        TaskFamily: f"is not a task family; take one of {', '.join(FAMILIES)}",
+    }
+    if actual is not kind:
+        raise ValueError(f"{name} {complaint[kind]}")
+    return make(name, **options)
+
+
+def far_goals(name: str) -> str | None:
+    """The name of the environment with the same walls and the far goals, on which a policy is evaluated, if any."""
     far_name = f"{name.partition('_gen_')[0]}_eval"
     return far_name if far_name in names() else None
+
+
+def _class_and_arguments(name: str) -> tuple[str, dict[str, Any]]:
+    """Where the class of an environment is, and the arguments that its name stands for; ValueError if there is none."""
+    robot = max((robot for robot in IN_MAZES if name.startswith(f"{robot}_")), key=len, default="")
+    without_maze = IN_THE_OPEN | WITH_ACHIEVEMENTS | FAMILIES
+    if name in without_maze:
+        return without_maze[name]
+    if robot and (name in names() or "_gen_" in name):
+        return IN_MAZES[robot], {"layout": name.removeprefix(f"{robot}_")}
+    near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
+    listed = f"{', '.join(without_maze)}, and {', '.join(IN_MAZES)} with a maze: {', '.join(mazes.DRAWINGS)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {listed}"
+    raise ValueError(f"unknown environment {name!r}; {hint}")

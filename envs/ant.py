@@ -4,8 +4,8 @@ The model is brax's own ant.xml, edited by program. Observation (29): torso x y 
 linear and angular velocity, 8 joint velocities. Action (8): torques, times 150 N m. Goal (2): torso x, y in metres. A
 step is 0.05 s. The episode terminates where the torso is below 0.2 m or above 1.0 m.
 
-The published model carries the goal as a massive marker body that touches nothing; ours keeps it in `State.goal`, which
-leaves every observation as it was (tests/test_ant.py has the published code's numbers).
+The published model carries the goal as a massive marker body that touches nothing; ours keeps it in `GoalState.goal`,
+which leaves every observation as it was (tests/envs/test_ant.py has the published code's numbers).
 """
 
 import math
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from envs import mazes, spring
-from envs.base import State
+from envs.base import GoalEnv, GoalState
 from envs.mazes import Maze
 
 CELL_SIZE = 4.0
@@ -28,7 +28,7 @@ RESET_NOISE = 0.1
 HEIGHTS = (0.2, 1.0)
 
 
-class Ant(spring.SpringRobot):
+class Ant(spring.SpringRobot, GoalEnv):
     """The ant in the open (`layout` None) or in a maze.
 
     Args:
@@ -47,7 +47,7 @@ class Ant(spring.SpringRobot):
         self.maze = mazes.load(layout, CELL_SIZE) if layout else None
         super().__init__(model(self.maze, merged_walls), TIMESTEP, SUBSTEPS)
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> GoalState:
         start_key, q_key, qd_key, goal_key = jax.random.split(key, 4)
         q = self.system.init_q
         noise, qd = reset_noise(q_key, qd_key)
@@ -58,11 +58,11 @@ class Ant(spring.SpringRobot):
             noise = noise.at[:2].set(0)
         return self.state_at(q.at[:2].set(start) + noise, qd, goal)
 
-    def state_at(self, q: Float[Array, "15"], qd: Float[Array, "14"], goal: Float[Array, "2"]) -> State:
+    def state_at(self, q: Float[Array, "15"], qd: Float[Array, "14"], goal: Float[Array, "2"]) -> GoalState:
         """The state with these joint positions and velocities."""
         return self._state(spring.pipeline.init(self.system, q, qd), goal)
 
-    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> State:
+    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> GoalState:
         return self.state_at(self.system.init_q.at[:2].set(position), jnp.zeros(self.system.qd_size()), goal)
 
     def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
@@ -70,17 +70,17 @@ class Ant(spring.SpringRobot):
             return self.maze.sample_goal(key)
         return on_circle(key, GOAL_RADIUS)
 
-    def step(self, state: State, action: Float[Array, "8"]) -> State:
+    def step(self, state: GoalState, action: Float[Array, "8"]) -> GoalState:
         return self.rewarded(self._state(self.advance(state.physics, action), state.goal))
 
     def _state(self, physics, goal):
-        return State(physics, jnp.concatenate([physics.q, physics.qd]), goal, jnp.zeros(()), fallen(physics.q))
+        return GoalState(physics, jnp.concatenate([physics.q, physics.qd]), goal, jnp.zeros(()), fallen(physics.q))
 
 
 class AntRandomStart(Ant):
     """The ant in the open that starts on a circle of 10 m around its goal."""
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> GoalState:
         reset_key, start_key = jax.random.split(key)
         state = super().reset(reset_key)
         start = state.physics.q.at[:2].add(state.goal + self.sample_goal(start_key))

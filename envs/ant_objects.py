@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from envs import ant, mazes, spring
-from envs.base import State
+from envs.base import GoalEnv, GoalState
 from envs.mazes import Maze
 from envs.mjx_physics import MjxRobot, Physics
 
@@ -44,10 +44,10 @@ PUSH_TIMESTEP, PUSH_SUBSTEPS = 0.01, 5
 ITERATIONS, LS_ITERATIONS = 4, 8
 CONTACTS = 16
 """The solver takes so many contacts with friction, and as many without, the deepest; fewer than that touch, also where
-the ant acts at random (tests/test_other_tasks.py)."""
+the ant acts at random (tests/envs/test_other_tasks.py)."""
 
 
-class AntBall(spring.SpringRobot):
+class AntBall(spring.SpringRobot, GoalEnv):
     """Push a ball to a goal: the ant in the open (`layout` None) or in a maze, on brax's spring physics.
 
     Goal (2): x, y of the ball, in metres. The ball has radius 0.5 m, slides upright at z 0.5 and weighs as much as each
@@ -79,7 +79,7 @@ class AntBall(spring.SpringRobot):
         self.shapes = [shape._replace(colour=OBJECT_COLOUR) if shape.link == ball else shape for shape in self.shapes]
         self._ways = _ways(self.maze) if self.maze else None
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> GoalState:
         start_key, q_key, qd_key, goal_key, ball_key = jax.random.split(key, 5)
         noise, qd = ant.reset_noise(q_key, qd_key)
         if self.maze:
@@ -94,11 +94,11 @@ class AntBall(spring.SpringRobot):
         q = self.system.init_q.at[:2].set(start).at[:15].add(noise)
         return self.state_at(q.at[15:].set(ball), jnp.pad(qd, (0, 2)), goal)
 
-    def state_at(self, q: Float[Array, "17"], qd: Float[Array, "16"], goal: Float[Array, "2"]) -> State:
+    def state_at(self, q: Float[Array, "17"], qd: Float[Array, "16"], goal: Float[Array, "2"]) -> GoalState:
         """The state with these joint positions and velocities, the ball's x and y last."""
         return self._state(spring.pipeline.init(self.system, q, qd), goal)
 
-    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> State:
+    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> GoalState:
         q = self.system.init_q.at[:2].set(position).at[15:].set(self._ball(position, goal))
         return self.state_at(q, jnp.zeros(16), goal)
 
@@ -107,16 +107,16 @@ class AntBall(spring.SpringRobot):
             return self.maze.sample_goal(key)
         return ant.on_circle(key, BALL_GOAL_RADIUS)
 
-    def step(self, state: State, action: Float[Array, "8"]) -> State:
+    def step(self, state: GoalState, action: Float[Array, "8"]) -> GoalState:
         return self.rewarded(self._state(self.advance(state.physics, jnp.pad(action, (0, 2))), state.goal))
 
-    def goal_position(self, states: State):
+    def goal_position(self, states: GoalState):
         goal = np.asarray(states.goal)
         return np.concatenate([goal, np.full_like(goal[..., :1], BALL_RADIUS)], axis=-1)
 
     def _state(self, physics, goal):
         observation = jnp.concatenate([physics.q[:15], physics.qd[:14], physics.q[15:]])
-        return State(physics, observation, goal, jnp.zeros(()), ant.fallen(physics.q))
+        return GoalState(physics, observation, goal, jnp.zeros(()), ant.fallen(physics.q))
 
     def _ball(self, position, goal):
         """Where the ball starts in a maze: before the ant on its way to the goal."""
@@ -124,7 +124,7 @@ class AntBall(spring.SpringRobot):
         return position + BALL_AHEAD * jnp.asarray(self._ways)[(*cells[0], *cells[1])]
 
 
-class AntPush(MjxRobot):
+class AntPush(MjxRobot, GoalEnv):
     """Reach a goal behind a box that bars the way; on MuJoCo's physics (mujoco.mjx).
 
     Goal (2): torso x, y in metres: (16, 8) or (8, 16), plus 2 m times a uniform draw from [0, 1] along each axis. The
@@ -162,13 +162,13 @@ class AntPush(MjxRobot):
         start = self.model.numeric("init_qpos").data[2:]
         self._start = np.concatenate([blocks.positions("R")[0], start, np.array(BOX) * ant.CELL_SIZE])
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> GoalState:
         q_key, qd_key, goal_key = jax.random.split(key, 3)
         noise, qvel = ant.reset_noise(q_key, qd_key)
         qpos = jnp.asarray(self._start, jnp.float32).at[:15].add(noise)
         return self.state_at(qpos, jnp.pad(qvel, (0, 2)), self.sample_goal(goal_key))
 
-    def state_at(self, qpos: Float[Array, "17"], qvel: Float[Array, "16"], goal: Float[Array, "2"]) -> State:
+    def state_at(self, qpos: Float[Array, "17"], qvel: Float[Array, "16"], goal: Float[Array, "2"]) -> GoalState:
         """The state with these joint positions and velocities, the box's x and y last."""
         return self._state(Physics(qpos, qvel, jnp.zeros(16)), goal)
 
@@ -177,12 +177,12 @@ class AntPush(MjxRobot):
         offset = jax.random.uniform(offset_key, (2,), maxval=PUSH_GOAL_SIDE)
         return jax.random.choice(chamber_key, jnp.array(PUSH_GOALS)) + offset
 
-    def step(self, state: State, action: Float[Array, "8"]) -> State:
+    def step(self, state: GoalState, action: Float[Array, "8"]) -> GoalState:
         return self.rewarded(self._state(self.advance(state.physics, action), state.goal))
 
     def _state(self, physics, goal):
         observation = jnp.concatenate([physics.qpos[:15], physics.qvel[:14], physics.qpos[15:]])
-        return State(physics, observation, goal, jnp.zeros(()), ant.fallen(physics.qpos))
+        return GoalState(physics, observation, goal, jnp.zeros(()), ant.fallen(physics.qpos))
 
 
 def _ways(maze: Maze) -> Float[np.ndarray, "rows columns rows columns 2"]:

@@ -18,9 +18,9 @@ Action: target angles of joints 1, 2, 4 and 6 over the ranges `DRIVEN`, then the
 otherwise. Joints 3, 5 and 7 are held. Targets are held for a step of 0.05 s; the servos of joints 3 to 7 are weak
 and settle at about half their targets, as published. Nothing terminates.
 
-The published models carry the goal as a marker body that touches nothing; ours keeps it in `State.goal`. The base, the
-angles and the inertias are those of MuJoCo Menagerie's Panda as the published code's loader leaves them: joints without
-damping, joints 1, 3, 5 and 7 without limits, a hand without mass.
+The published models carry the goal as a marker body that touches nothing; ours keeps it in `GoalState.goal`. The base,
+the angles and the inertias are those of MuJoCo Menagerie's Panda as the published code's loader leaves them: joints
+without damping, joints 1, 3, 5 and 7 without limits, a hand without mass.
 
 Ours, where we know no more than the row above:
 - grasp starts as push_easy does. A fingertip is the middle of the end of a finger. The goal is the two fingertips, at
@@ -44,7 +44,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from envs import viewer
-from envs.base import State
+from envs.base import GoalEnv, GoalState
 from envs.mjx_physics import MjxRobot, Physics, body_velocity
 
 
@@ -75,7 +75,7 @@ TIMESTEP, SUBSTEPS = 0.002, 25
 CONTACT_POINTS = 32
 """Only so many of the possible contact points of a model, the deepest, go to the constraint solver, which makes a step
 faster where there are bins, which have 140. Points that do not touch have no effect anyway, and fewer than this touch
-at once, also where the arm pushes at bins, cube and table at random (tests/test_arm.py)."""
+at once, also where the arm pushes at bins, cube and table at random (tests/envs/test_arm.py)."""
 CUBE_HALF, CUBE_START_HEIGHT = 0.03, 0.07
 BIN_Y, WALL_HALF_THICKNESS, WALL_HEIGHT = 0.6, 0.005, 0.066
 
@@ -153,7 +153,7 @@ SERVOS = [
 FINGER_SERVO = Servo(0.15686, 500, (CLOSED, OPEN), 500)
 
 
-class Arm(MjxRobot):
+class Arm(MjxRobot, GoalEnv):
     """The arm at one task.
 
     Args:
@@ -192,7 +192,7 @@ class Arm(MjxRobot):
     def world(self) -> tuple:
         return *super().world, self.task.bins, self._is_hand
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> GoalState:
         cube_key, goal_key = jax.random.split(key)
         qpos = jnp.asarray(self._start)
         if self._has_cube:
@@ -202,10 +202,10 @@ class Arm(MjxRobot):
 
     def state_at(
         self, qpos: Float[Array, " positions"], qvel: Float[Array, " velocities"], goal: Float[Array, " goal"]
-    ) -> State:
+    ) -> GoalState:
         """The state with these joint positions and velocities: of the cube (7 and 6), the arm and the 2 fingers."""
         physics = Physics(qpos, qvel, jnp.zeros(self.model.nv))
-        return State(physics, self._observe(physics), goal, jnp.zeros(()), jnp.zeros((), bool))
+        return GoalState(physics, self._observe(physics), goal, jnp.zeros(()), jnp.zeros((), bool))
 
     def sample_goal(self, key: Key[Array, ""]) -> Float[Array, " goal"]:
         if self._is_grasp:
@@ -213,14 +213,14 @@ class Arm(MjxRobot):
         offset = jax.random.uniform(key, (3,), minval=-1, maxval=1)
         return jnp.array(self.task.goal) + jnp.array(self.task.goal_range) * offset
 
-    def step(self, state: State, action: Float[Array, " action"]) -> State:
+    def step(self, state: GoalState, action: Float[Array, " action"]) -> GoalState:
         physics = self.advance(state.physics, self._control(state.physics, action))
         observation = self._observe(physics)
         goal = grasp_goal(observation[:3]) if self._is_grasp else state.goal
-        after = State(physics, observation, goal, jnp.zeros(()), jnp.zeros((), bool))
+        after = GoalState(physics, observation, goal, jnp.zeros(()), jnp.zeros((), bool))
         return self.rewarded(after)
 
-    def goal_position(self, states: State):
+    def goal_position(self, states: GoalState):
         goal = np.asarray(states.goal)
         return (goal[..., :3] + goal[..., 3:6]) / 2 if self._is_grasp else goal
 

@@ -13,77 +13,110 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from envs.mazes import Maze
 
 
-class State(NamedTuple):
-    """One environment at one moment."""
+class GoalState(NamedTuple):
+    """One environment with a goal at one moment."""
 
     physics: Any
     """PyTree of the physics backend; only the environment that made it looks inside."""
     observation: Float[Array, "*batch observation"]
     """What the robot senses, without the commanded goal."""
     goal: Float[Array, "*batch goal"]
-    """The commanded goal, in the units of `observation[goal_indices]`; empty where a task has no goals."""
+    """The commanded goal, in the units of `observation[goal_indices]`."""
     reward: Float[Array, "*batch"]
     """Reward of the step that led here (0 after a reset)."""
     terminated: Bool[Array, "*batch"]
     """The task ended here (the robot fell, say). Time limits are not the environment's affair, see `VectorEnv`."""
-    achievements: Bool[Array, "*batch achievements"] | tuple[()] = ()
-    """What has been unlocked since the reset; empty where a task has no achievements."""
+
+
+class AchievementState(NamedTuple):
+    """One environment with achievements at one moment; fields without a word are those of `GoalState`."""
+
+    physics: Any
+    observation: Shaped[Array, "..."]
+    """Of the environment's `observation_shape` and `observation_dtype`, behind the batch."""
+    reward: Float[Array, "*batch"]
+    terminated: Bool[Array, "*batch"]
+    achievements: Bool[Array, "*batch achievements"]
+    """What the episode has unlocked so far."""
+
+
+class TaskState(NamedTuple):
+    """One environment of a task family at one moment; fields without a word are those of `GoalState`."""
+
+    physics: Any
+    observation: Float[Array, "*batch observation"]
+    """What the robot senses, without the task."""
+    task: Float[Array, "*batch task"]
+    """Which of the family's tasks it is."""
+    reward: Float[Array, "*batch"]
+    terminated: Bool[Array, "*batch"]
+
+
+State = GoalState | AchievementState | TaskState
 
 
 class Env(abc.ABC):
-    """A goal-conditioned task for one robot.
+    """A robot, or a player, in its world; `GoalEnv`, `AchievementEnv` and `TaskFamily` say what it is to do there.
 
     Attributes:
       name: the name `envs.make` takes.
       observation_size, action_size: lengths of the two vectors; actions lie in [-1, 1].
-      goal_indices: the entries of the observation that a goal specifies.
-      success_radius: a goal is reached while the Euclidean distance to it is below this, in the goal's unit.
-      other_radii: more such radii that scores are published for, by name: 'easy', 'hard'.
       control_step: simulated seconds of a step; None where time has no unit.
       simulator: what steps the physics.
-      maze: the walls, or None in the open; then the first two goal entries are x and y, and there is `place`.
     """
 
     name: str
     observation_size: int
     action_size: int
-    goal_indices: tuple[int, ...]
-    success_radius: float
-    other_radii: Mapping[str, float] = MappingProxyType({})
     control_step: float | None = None
     simulator: str = "pure JAX"
-    maze: Maze | None = None
 
     @abc.abstractmethod
     def reset(self, key: Key[Array, ""]) -> State:
-        """Draws a start and a goal."""
+        """Draws a start, and a goal or a task."""
 
     @abc.abstractmethod
     def step(self, state: State, action: Float[Array, " action"]) -> State:
         """Advances one control step."""
 
     @abc.abstractmethod
-    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, " goal"]:
-        """Draws a goal from the distribution that `reset` draws from."""
-
-    @abc.abstractmethod
     def render(self, states: State, stem: str) -> str:
         """Draws trajectories, `states` with leading axes (episode, time), into `stem` plus an ending: the path."""
 
-    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> State:
+
+class GoalEnv(Env):
+    """A goal-conditioned task.
+
+    Attributes:
+      goal_indices: the entries of the observation that a goal specifies.
+      success_radius: a goal is reached while the Euclidean distance to it is below this, in the goal's unit.
+      other_radii: more such radii that scores are published for, by name: 'easy', 'hard'.
+      maze: the walls, or None in the open; then the first two goal entries are x and y, and there is `place`.
+    """
+
+    goal_indices: tuple[int, ...]
+    success_radius: float
+    other_radii: Mapping[str, float] = MappingProxyType({})
+    maze: Maze | None = None
+
+    @abc.abstractmethod
+    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, " goal"]:
+        """Draws a goal from the distribution that `reset` draws from."""
+
+    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> GoalState:
         """In a maze: the robot at rest at x, y, with a goal at x, y."""
         raise NotImplementedError(f"{self.name} has no maze")
 
-    def with_goal(self, state: State, goal: Float[Array, " goal"]) -> State:
+    def with_goal(self, state: GoalState, goal: Float[Array, " goal"]) -> GoalState:
         """The same state with another commanded goal."""
         return state._replace(goal=goal)
 
-    def rewarded(self, state: State) -> State:
+    def rewarded(self, state: GoalState) -> GoalState:
         """The state with its reward: 1 within the success radius of the goal, else 0."""
         return state._replace(reward=(self.distance(state) < self.success_radius).astype(jnp.float32))
 
@@ -97,21 +130,21 @@ class Env(abc.ABC):
         """The goal that an observation would reach."""
         return observation[..., jnp.array(self.goal_indices)]
 
-    def distance(self, state: State) -> Float[Array, "*batch"]:
+    def distance(self, state: GoalState) -> Float[Array, "*batch"]:
         """Euclidean distance between the achieved and the commanded goal."""
         return jnp.linalg.norm(self.achieved_goal(state.observation) - state.goal, axis=-1)
 
 
 class AchievementEnv(Env):
-    """A task with discrete actions and achievements, each of which is unlocked at most once in an episode.
+    """A task with achievements, each of which is unlocked at most once in an episode.
 
-    It has no commanded goal: `State.goal` has length 0. An action is an integer in [0, num_actions).
+    An action is an integer in [0, num_actions), so there is no `action_size`.
 
     Attributes:
       observation_shape: (height, width, channels) of an image, or (features,).
       observation_dtype: 'uint8' for images in 0..255; 'float32' otherwise, images then in [0, 1].
       num_actions: how many actions there are.
-      achievement_names: what each entry of `State.achievements` stands for.
+      achievement_names: what each entry of `AchievementState.achievements` stands for.
       in_jax: whether `step` is a function that JAX compiles; else the environment runs in other processes, and only
         the vectorised one can be stepped, by one program at a time.
     """
@@ -121,18 +154,12 @@ class AchievementEnv(Env):
     num_actions: int
     achievement_names: tuple[str, ...]
     in_jax: bool = True
-    goal_indices = ()
-    success_radius = 0.0
-    action_size = 1
     fresh_worlds: int | None = None
     """`VectorEnv.fresh_worlds`."""
 
     @property
     def observation_size(self) -> int:
         return math.prod(self.observation_shape)
-
-    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, " goal"]:
-        return jnp.zeros(0)
 
     def vectorise(self, num_envs: int, episode_length: int) -> "VectorEnv":
         """`num_envs` copies that are reset by themselves."""
@@ -142,8 +169,7 @@ class AchievementEnv(Env):
 class TaskFamily(Env):
     """Tasks that differ in their rewards or their physics, and that an agent tells apart by acting only (meta-RL).
 
-    The task is a vector in `State.goal`; the observation does not contain it. `sample_goal` draws a task, `with_goal`
-    gives a state another one.
+    The task is a vector that the observation does not contain.
 
     Attributes:
       task_size: length of the task vector.
@@ -155,22 +181,28 @@ class TaskFamily(Env):
     oracle_size: int
     num_train_tasks: int
     num_test_tasks: int
-    goal_indices = ()
-    success_radius = 0.0
+
+    @abc.abstractmethod
+    def sample_task(self, key: Key[Array, ""]) -> Float[Array, " task"]:
+        """Draws a task from the distribution that `reset` draws from."""
+
+    def with_task(self, state: TaskState, task: Float[Array, " task"]) -> TaskState:
+        """The same state in another task."""
+        return state._replace(task=task)
 
     def tasks(
         self, key: Key[Array, ""], num_train: int, num_test: int
     ) -> tuple[Float[Array, "num_train task"], Float[Array, "num_test task"]]:
         """The lists of tasks to train on and to test on; ValueError if the family cannot have so many."""
-        tasks = jax.vmap(self.sample_goal)(jax.random.split(key, num_train + num_test))
+        tasks = jax.vmap(self.sample_task)(jax.random.split(key, num_train + num_test))
         return tasks[:num_train], tasks[num_train:]
 
     def oracle(self, task: Float[Array, " task"]) -> Float[Array, " oracle"]:
         """What an agent is told that is told the task."""
         return task
 
-    def training_reward(self, state: State) -> Float[Array, ""]:
-        """The reward to learn from; `State.reward` is what context and scores are made of."""
+    def training_reward(self, state: TaskState) -> Float[Array, ""]:
+        """The reward to learn from; `TaskState.reward` is what context and scores are made of."""
         return state.reward
 
 
@@ -185,22 +217,6 @@ class VectorState(NamedTuple):
     """Where the next resets draw from."""
     first: State | None
     """Each environment's first state, to which it returns under `goals='fixed'`."""
-
-
-class Transition(NamedTuple):
-    """What one step of every environment did; leading axis `num_envs`."""
-
-    observation: Float[Array, "num_envs observation"]
-    action: Float[Array, "num_envs action"]
-    reward: Float[Array, " num_envs"]
-    next_observation: Float[Array, "num_envs observation"]
-    """The observation after the action: at the end of an episode the terminal one, not the next episode's first."""
-    terminated: Bool[Array, " num_envs"]
-    """The environment ended the episode."""
-    truncated: Bool[Array, " num_envs"]
-    """The time limit ended it (and the environment did not)."""
-    achievements: Bool[Array, "num_envs achievements"] | tuple[()] = ()
-    """What the episode has unlocked, this step included, also where it ended here."""
 
 
 class VectorEnv:
@@ -247,23 +263,21 @@ class VectorEnv:
 
     def step(
         self, state: VectorState, action: Float[Array, "num_envs action"] | Int[Array, " num_envs"]
-    ) -> tuple[VectorState, Transition]:
+    ) -> tuple[VectorState, State, Bool[Array, " num_envs"]]:
+        """Steps every copy; an episode has ended where `after.terminated | truncated`.
+
+        Returns:
+          state: to act in next, already reset where an episode has just ended.
+          after: what each action led to: at the end of an episode its terminal state, not the next episode's first.
+          truncated: the time limit ended the episode, and the environment did not.
+        """
         after = jax.vmap(self.env.step)(state.env, action)
         steps = state.steps + 1
         truncated = (steps >= self.episode_length) & ~after.terminated
         ended = after.terminated | truncated
-        transition = Transition(
-            state.env.observation,
-            action,
-            after.reward,
-            after.observation,
-            after.terminated,
-            truncated,
-            after.achievements,
-        )
         if self.fresh_worlds < self.num_envs and self.goals == "resampled":
             env, key = self._restart_few(after, ended, state.key)
-            return VectorState(env, jnp.where(ended, 0, steps), key, state.first), transition
+            return VectorState(env, jnp.where(ended, 0, steps), key, state.first), after, truncated
 
         def restart(key):
             if self.goals == "fixed":
@@ -274,7 +288,7 @@ class VectorEnv:
         # resetting costs about a physics step, so it is skipped while no episode ends
         fresh, key = jax.lax.cond(ended.any(), restart, lambda key: (after, key), state.key)
         env = jax.tree.map(lambda a, b: jnp.where(ended.reshape(-1, *[1] * (a.ndim - 1)), a, b), fresh, after)
-        return VectorState(env, jnp.where(ended, 0, steps), key, state.first), transition
+        return VectorState(env, jnp.where(ended, 0, steps), key, state.first), after, truncated
 
     def restore(self, state: VectorState) -> None:
         """Prepares for going on from a saved state; environments in JAX need nothing."""

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from PIL import Image
 
-from envs.base import AchievementEnv, State
+from envs.base import AchievementEnv, AchievementState
 
 NEVER = 2**31 - 1
 """Craftax's own time limit, in steps: `VectorEnv` has the one that counts."""
@@ -54,17 +54,17 @@ class CraftaxClassic(AchievementEnv):
         self.num_actions = self._game.num_actions
         self.achievement_names = tuple(achievement.name.lower() for achievement in Achievement)
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> AchievementState:
         world_key, key = jax.random.split(key)
         observation, world = self._game.reset(world_key, self._params)
         return _state(world, key, observation, jnp.zeros(()), jnp.zeros((), bool))
 
-    def step(self, state: State, action: Int[Array, ""]) -> State:
+    def step(self, state: AchievementState, action: Int[Array, ""]) -> AchievementState:
         step_key, key = jax.random.split(state.physics.key)
         observation, world, reward, dead, _ = self._game.step(step_key, state.physics.world, action, self._params)
         return _state(world, key, observation, reward, dead)
 
-    def render(self, states: State, stem: str) -> str:
+    def render(self, states: AchievementState, stem: str) -> str:
         """A GIF of the first episodes side by side; each stays as it was when it ended."""
         states = jax.tree.map(lambda x: x[:EPISODES_DRAWN], states)
         images = 255 * states.observation if self.pixels else _draw(states.physics.world)
@@ -75,10 +75,10 @@ class CraftaxClassic(AchievementEnv):
 
 def _state(
     world: Any, key: Key[Array, ""], observation: Float[Array, "..."], reward: Float[Array, ""], dead: Bool[Array, ""]
-) -> State:
+) -> AchievementState:
     # some of craftax's numbers are weakly typed after a reset and not after a step, for which jit would compile twice
     world = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), world)
-    return State(Physics(world, key), observation, jnp.zeros(0), reward, dead, world.achievements)
+    return AchievementState(Physics(world, key), observation, reward, dead, world.achievements)
 
 
 class _Textures(dict):

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
-from jaxtyping import Array, Int, Int32, Key, UInt8
+from jaxtyping import Array, Bool, Int, Int32, Key, UInt8
 
-from envs.base import AchievementEnv, State, Transition, VectorEnv, VectorState
+from envs.base import AchievementEnv, AchievementState, VectorEnv, VectorState
 from envs.crafter import EPISODES_DRAWN, save_gif, side_by_side
 
 WORKER = Path(__file__).with_name("crafter_worker.py")
@@ -67,17 +67,17 @@ class Crafter(AchievementEnv):
             raise ValueError("the package crafter is not installed; pip install -e '.[crafter]'")
         self.workers = int(workers)
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> AchievementState:
         raise NotImplementedError("crafter does not run in JAX: only its vectorise(...) can be reset")
 
-    def step(self, state: State, action: Int[Array, ""]) -> State:
+    def step(self, state: AchievementState, action: Int[Array, ""]) -> AchievementState:
         raise NotImplementedError("crafter does not run in JAX: only its vectorise(...) can be stepped")
 
     def vectorise(self, num_envs: int, episode_length: int) -> "CrafterPool":
         """`num_envs` worlds that are reset by themselves; its processes start with its first reset."""
         return CrafterPool(self, num_envs, episode_length)
 
-    def render(self, states: State, stem: str) -> str:
+    def render(self, states: AchievementState, stem: str) -> str:
         """A GIF of the first episodes side by side; each stays as it was when it ended."""
         states = jax.tree.map(lambda x: np.asarray(x[:EPISODES_DRAWN]), (states.observation, states.terminated))
         save_gif(side_by_side(*states), f"{stem}.gif", fps=10)
@@ -133,21 +133,22 @@ class CrafterPool(VectorEnv):
             episode=jnp.ones(self.num_envs, jnp.int32),
             actions=zeros(self.episode_length, dtype=jnp.uint8),
         )
-        env = State(
+        env = AchievementState(
             physics=worlds,
             observation=io_callback(self._begin, self._images, worlds.seed, ordered=True),
-            goal=zeros(0, dtype=jnp.float32),
             reward=zeros(dtype=jnp.float32),
             terminated=zeros(dtype=bool),
             achievements=zeros(len(self.env.achievement_names), dtype=bool),
         )
         return VectorState(env, zeros(dtype=jnp.int32), jax.random.split(key, self.num_envs), None)
 
-    def step(self, state: VectorState, action: Int[Array, " num_envs"]) -> tuple[VectorState, Transition]:
+    def step(
+        self, state: VectorState, action: Int[Array, " num_envs"]
+    ) -> tuple[VectorState, AchievementState, Bool[Array, " num_envs"]]:
         row = lambda dtype, *shape: jax.ShapeDtypeStruct((self.num_envs, *shape), dtype)
         flags = row(bool, len(self.env.achievement_names))
         worlds, steps = state.env.physics, state.steps + 1
-        next_observation, observation, reward, terminated, achievements = io_callback(
+        last_observation, observation, reward, terminated, achievements = io_callback(
             self._step,
             (self._images, self._images, row(jnp.float32), row(bool), flags),
             jnp.stack([worlds.seed, worlds.episode, state.steps]),
@@ -156,23 +157,17 @@ class CrafterPool(VectorEnv):
         )
         truncated = (steps >= self.episode_length) & ~terminated
         ended = terminated | truncated
-        worlds = Worlds(
-            worlds.seed,
-            worlds.episode + ended,
-            worlds.actions.at[jnp.arange(self.num_envs), state.steps].set(action.astype(jnp.uint8)),
-        )
-        env = State(
-            physics=worlds,
+        actions = worlds.actions.at[jnp.arange(self.num_envs), state.steps].set(action.astype(jnp.uint8))
+        worlds = worlds._replace(actions=actions)
+        after = AchievementState(worlds, last_observation, reward, terminated, achievements)
+        env = AchievementState(
+            physics=worlds._replace(episode=worlds.episode + ended),
             observation=observation,
-            goal=state.env.goal,
             reward=jnp.where(ended, 0, reward),
             terminated=jnp.zeros_like(terminated),
             achievements=achievements & ~ended[:, None],
         )
-        transition = Transition(
-            state.env.observation, action, reward, next_observation, terminated, truncated, achievements
-        )
-        return VectorState(env, jnp.where(ended, 0, steps), state.key, state.first), transition
+        return VectorState(env, jnp.where(ended, 0, steps), state.key, state.first), after, truncated
 
     def restore(self, state: VectorState) -> None:
         """Brings the worlds to a saved state, for `step` to go on from; not for use under jit.

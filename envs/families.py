@@ -1,7 +1,8 @@
 """Task families of MuJoCo robots (meta-RL): what PEARL and CoCOA are trained on, on MuJoCo's physics (mujoco.mjx).
 
-A task is a vector in `State.goal`; observations do not tell it. Robots are brax's MJCF, edited by program. Observations
-and rewards are those of PEARL's environments; v is a displacement in a step over the step's seconds, a the action:
+A task is a vector, `TaskState.task`; observations do not tell it. Robots are brax's MJCF, edited by program.
+Observations and rewards are those of PEARL's environments; v is a displacement in a step over the step's seconds, a the
+action:
 
     half_cheetah_dir  obs (20) qpos[1:], qvel, torso x y z    reward g v_x - 0.05 |a|^2,  task g: -1 or 1
     half_cheetah_vel  obs (20) the same                       reward -|v_x - g| - 0.05 |a|^2,  task g: U(0, 3) m/s
@@ -27,8 +28,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from envs import half_cheetah, spring
-from envs.base import State, TaskFamily
+from envs.base import TaskFamily, TaskState
 from envs.mjx_physics import MjxRobot, Physics, mjx
+from envs.robot import in_space
 
 DIRECTIONS = 2 * math.pi
 LS_ITERATIONS = 8
@@ -44,33 +46,33 @@ class RobotFamily(MjxRobot, TaskFamily):
     velocity_noise: float = 0.1
     """A start's joint positions are uniform within the one, its velocities normal with the other as deviation."""
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> TaskState:
         q_key, qd_key, task_key = jax.random.split(key, 3)
         noise = jax.random.uniform(
             q_key, self.start_position.shape, minval=-self.position_noise, maxval=self.position_noise
         )
         qvel = self.draw_velocity(qd_key)
-        return self.state_at(jnp.asarray(self.start_position) + noise, qvel, self.sample_goal(task_key))
+        return self.state_at(jnp.asarray(self.start_position) + noise, qvel, self.sample_task(task_key))
 
     def draw_velocity(self, key: Key[Array, ""]) -> Float[Array, " velocities"]:
         return self.velocity_noise * jax.random.normal(key, (self.model.nv,))
 
     def state_at(
         self, qpos: Float[Array, " positions"], qvel: Float[Array, " velocities"], task: Float[Array, " task"]
-    ) -> State:
+    ) -> TaskState:
         """The state with these joint positions and velocities."""
         physics = Physics(qpos, qvel, jnp.zeros(self.model.nv))
         no_action = jnp.zeros(self.action_size)
-        return State(physics, self.observe(physics, no_action), task, jnp.zeros(()), jnp.zeros((), bool))
+        return TaskState(physics, self.observe(physics, no_action), task, jnp.zeros(()), jnp.zeros((), bool))
 
-    def step(self, state: State, action: Float[Array, " action"]) -> State:
+    def step(self, state: TaskState, action: Float[Array, " action"]) -> TaskState:
         action = jnp.clip(action, -1, 1)
-        physics = self.advance(state.physics, action, self.body(state.goal))
-        return State(
+        physics = self.advance(state.physics, action, self.body(state.task))
+        return TaskState(
             physics=physics,
             observation=self.observe(physics, action),
-            goal=state.goal,
-            reward=self.reward(state.physics, physics, action, state.goal),
+            task=state.task,
+            reward=self.reward(state.physics, physics, action, state.task),
             terminated=self.fallen(physics),
         )
 
@@ -121,7 +123,7 @@ class HalfCheetahDir(HalfCheetahFamily):
     name = "half_cheetah_dir"
     num_train_tasks, num_test_tasks = 2, 2
 
-    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "1"]:
+    def sample_task(self, key: Key[Array, ""]) -> Float[Array, "1"]:
         return jax.random.rademacher(key, (1,), jnp.float32)
 
     def tasks(self, key, num_train, num_test):
@@ -130,8 +132,8 @@ class HalfCheetahDir(HalfCheetahFamily):
     def reward(self, before, after, action, task):
         return task[0] * self.velocity(before, after, 1)[0] - 0.05 * jnp.sum(action**2)
 
-    def goal_position(self, states: State):
-        return np.asarray(states.goal) * [10.0, 0, 0]
+    def goal_position(self, states: TaskState):
+        return np.asarray(states.task) * [10.0, 0, 0]
 
 
 class HalfCheetahVel(HalfCheetahFamily):
@@ -140,16 +142,16 @@ class HalfCheetahVel(HalfCheetahFamily):
     name = "half_cheetah_vel"
     num_train_tasks, num_test_tasks = 100, 30
 
-    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "1"]:
+    def sample_task(self, key: Key[Array, ""]) -> Float[Array, "1"]:
         return jax.random.uniform(key, (1,), maxval=3.0)
 
     def reward(self, before, after, action, task):
         return -jnp.abs(self.velocity(before, after, 1)[0] - task[0]) - 0.05 * jnp.sum(action**2)
 
-    def goal_position(self, states: State):
+    def goal_position(self, states: TaskState):
         """A pacemaker."""
-        seconds = self.control_step * np.arange(states.goal.shape[-2])[:, None]
-        return np.asarray(states.goal) * seconds * [1.0, 0, 0]
+        seconds = self.control_step * np.arange(states.task.shape[-2])[:, None]
+        return np.asarray(states.task) * seconds * [1.0, 0, 0]
 
 
 # ---- ant ----------------------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ class AntDir(AntFamily):
         super().__init__()
         self.forward_backward = forward_backward
 
-    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "1"]:
+    def sample_task(self, key: Key[Array, ""]) -> Float[Array, "1"]:
         if self.forward_backward:
             return math.pi * jax.random.bernoulli(key, shape=(1,)).astype(jnp.float32)
         return jax.random.uniform(key, (1,), maxval=DIRECTIONS)
@@ -207,7 +209,7 @@ class AntDir(AntFamily):
         height = physics.qpos[2]
         return (height < 0.2) | (height > 1.0) | ~jnp.isfinite(physics.qpos).all()
 
-    def goal_position(self, states: State):
+    def goal_position(self, states: TaskState):
         return ahead_of(states, 10.0)
 
 
@@ -218,7 +220,7 @@ class AntGoal(AntFamily):
     observation_size, task_size, oracle_size = 29, 2, 2
     num_train_tasks, num_test_tasks = 150, 30
 
-    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
+    def sample_task(self, key: Key[Array, ""]) -> Float[Array, "2"]:
         angle_key, radius_key = jax.random.split(key)
         radius = 3 * jnp.sqrt(jax.random.uniform(radius_key))
         return radius * direction(jax.random.uniform(angle_key, (1,), maxval=DIRECTIONS))
@@ -228,6 +230,9 @@ class AntGoal(AntFamily):
 
     def reward(self, before, after, action, task):
         return -jnp.sum(jnp.abs(after.qpos[:2] - task)) - 0.1 * jnp.sum(action**2)
+
+    def goal_position(self, states: TaskState):
+        return in_space(states.task)
 
 
 # ---- humanoid -----------------------------------------------------------------------------------------------------
@@ -251,7 +256,7 @@ class HumanoidDir(RobotFamily):
     def draw_velocity(self, key: Key[Array, ""]) -> Float[Array, "23"]:
         return jax.random.uniform(key, (23,), minval=-self.position_noise, maxval=self.position_noise)
 
-    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "1"]:
+    def sample_task(self, key: Key[Array, ""]) -> Float[Array, "1"]:
         return jax.random.uniform(key, (1,), maxval=DIRECTIONS)
 
     def oracle(self, task):
@@ -280,7 +285,7 @@ class HumanoidDir(RobotFamily):
         height = physics.qpos[2]
         return (height < 1.0) | (height > 2.0)
 
-    def goal_position(self, states: State):
+    def goal_position(self, states: TaskState):
         return ahead_of(states, 10.0)
 
 
@@ -313,7 +318,7 @@ class WalkerParams(RobotFamily):
     def draw_velocity(self, key: Key[Array, ""]) -> Float[Array, "9"]:
         return jax.random.uniform(key, (9,), minval=-self.position_noise, maxval=self.position_noise)
 
-    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "65"]:
+    def sample_task(self, key: Key[Array, ""]) -> Float[Array, "65"]:
         return jax.random.uniform(key, (65,), minval=-3.0, maxval=3.0)
 
     def fields(self, task: Float[Array, "65"]) -> dict[str, Float[Array, "..."]]:
@@ -345,8 +350,8 @@ class WalkerParams(RobotFamily):
         height, pitch = physics.qpos[1] + self.HEIGHT, physics.qpos[2]
         return ~((height > 0.8) & (height < 2.0) & (jnp.abs(pitch) < 1.0))
 
-    def goal_position(self, states: State):
-        return np.tile([10.0, 0, 0], (*np.shape(states.goal)[:-1], 1))
+    def goal_position(self, states: TaskState):
+        return np.tile([10.0, 0, 0], (*np.shape(states.task)[:-1], 1))
 
 
 # ---- helpers ------------------------------------------------------------------------------------------------------
@@ -363,7 +368,7 @@ def direction(angle: Float[Array, "1"]) -> Float[Array, "2"]:
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)])
 
 
-def ahead_of(states: State, metres: float) -> Float[np.ndarray, "*batch 3"]:
+def ahead_of(states: TaskState, metres: float) -> Float[np.ndarray, "*batch 3"]:
     """A point in the task's direction, on the ground."""
-    angle = np.asarray(states.goal)
+    angle = np.asarray(states.task)
     return metres * np.concatenate([np.cos(angle), np.sin(angle), np.zeros_like(angle)], axis=-1)

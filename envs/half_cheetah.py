@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from envs import spring
-from envs.base import State
+from envs.base import GoalEnv, GoalState
 from envs.mjx_physics import MjxRobot, Physics
 
 GOAL, HEIGHT = 5.0, 0.7
@@ -24,7 +24,7 @@ RESET_NOISE = 0.1
 MASS = 14.0
 
 
-class HalfCheetah(MjxRobot):
+class HalfCheetah(MjxRobot, GoalEnv):
     """The half-cheetah.
 
     Timestep, solver and the noise of a start (positions uniform within 0.1, velocities 0.1 times normal) are those of
@@ -40,25 +40,25 @@ class HalfCheetah(MjxRobot):
     def __init__(self):
         super().__init__(model(), SUBSTEPS)
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> GoalState:
         q_key, qd_key, goal_key = jax.random.split(key, 3)
         qpos = jax.random.uniform(q_key, (9,), minval=-RESET_NOISE, maxval=RESET_NOISE)
         return self.state_at(qpos, RESET_NOISE * jax.random.normal(qd_key, (9,)), self.sample_goal(goal_key))
 
-    def state_at(self, qpos: Float[Array, "9"], qvel: Float[Array, "9"], goal: Float[Array, "1"]) -> State:
+    def state_at(self, qpos: Float[Array, "9"], qvel: Float[Array, "9"], goal: Float[Array, "1"]) -> GoalState:
         """The state with these joint positions and velocities."""
         physics = Physics(qpos, qvel, jnp.zeros(9))
-        return State(physics, jnp.concatenate([qpos, qvel]), goal, jnp.zeros(()), jnp.zeros((), bool))
+        return GoalState(physics, jnp.concatenate([qpos, qvel]), goal, jnp.zeros(()), jnp.zeros((), bool))
 
     def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "1"]:
         return jnp.array([GOAL])
 
-    def step(self, state: State, action: Float[Array, "6"]) -> State:
+    def step(self, state: GoalState, action: Float[Array, "6"]) -> GoalState:
         physics = self.advance(state.physics, action)
         after = state._replace(physics=physics, observation=jnp.concatenate([physics.qpos, physics.qvel]))
         return self.rewarded(after)
 
-    def goal_position(self, states: State):
+    def goal_position(self, states: GoalState):
         goal = np.asarray(states.goal)
         return np.concatenate([goal, np.zeros_like(goal), np.full_like(goal, HEIGHT)], axis=-1)
 

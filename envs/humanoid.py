@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from envs import mazes, spring
-from envs.base import State
+from envs.base import GoalEnv, GoalState
 from envs.mazes import Maze
 
 CELL_SIZE = 2.0
@@ -44,7 +44,7 @@ GEARS = np.array([350.0] * 11 + [100.0] * 6)
 CONTROL_RANGE = 0.4
 
 
-class Humanoid(spring.SpringRobot):
+class Humanoid(spring.SpringRobot, GoalEnv):
     """The humanoid in the open (`layout` None) or in a maze.
 
     Args:
@@ -77,17 +77,17 @@ class Humanoid(spring.SpringRobot):
         self.goal_in_state = goal_in_state
         self.observation_size = 268 if goal_in_state else 246
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> GoalState:
         start_key, goal_key = jax.random.split(key)
         if self.maze:
             return self.place(*self.maze.sample(start_key, goal_key))
         return self.place(jnp.zeros(2), self.sample_goal(goal_key)[:2])
 
-    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> State:
+    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> GoalState:
         q = self.system.init_q.at[:2].set(position)
         return self.state_at(q, jnp.zeros(self.system.qd_size()), jnp.append(goal, GOAL_HEIGHT))
 
-    def state_at(self, q: Float[Array, "24"], qd: Float[Array, "23"], goal: Float[Array, "3"]) -> State:
+    def state_at(self, q: Float[Array, "24"], qd: Float[Array, "23"], goal: Float[Array, "3"]) -> GoalState:
         """The state with these joint positions and velocities."""
         physics = spring.pipeline.init(self.system, q, qd)
         return self._state(physics, goal, jnp.zeros(self.action_size))
@@ -100,11 +100,11 @@ class Humanoid(spring.SpringRobot):
         angle = jax.random.uniform(angle_key, maxval=2 * math.pi)
         return jnp.stack([radius * jnp.cos(angle), radius * jnp.sin(angle), jnp.array(GOAL_HEIGHT)])
 
-    def with_goal(self, state: State, goal: Float[Array, "3"]) -> State:
+    def with_goal(self, state: GoalState, goal: Float[Array, "3"]) -> GoalState:
         force = state.observation[-25 if self.goal_in_state else -23 :]
         return state._replace(goal=goal, observation=self._observe(state.physics, goal, force[:23]))
 
-    def step(self, state: State, action: Float[Array, "17"]) -> State:
+    def step(self, state: GoalState, action: Float[Array, "17"]) -> GoalState:
         return self.rewarded(self._state(self.advance(state.physics, CONTROL_RANGE * action), state.goal, action))
 
     def _state(self, physics, goal, action):
@@ -112,7 +112,7 @@ class Humanoid(spring.SpringRobot):
         fallen = (height < HEIGHTS[0]) | (height > HEIGHTS[1])
         torque = jnp.asarray(GEARS, jnp.float32) * CONTROL_RANGE * action
         force = jnp.zeros(23).at[self.system.actuator.qd_id].set(torque)
-        return State(physics, self._observe(physics, goal, force), goal, jnp.zeros(()), fallen)
+        return GoalState(physics, self._observe(physics, goal, force), goal, jnp.zeros(()), fallen)
 
     def _observe(self, physics, goal, force):
         q, qd = physics.q, physics.qd

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from envs.base import AchievementEnv, State
+from envs.base import AchievementEnv, AchievementState
 
 SIZE = 7
 """Cells along each side."""
@@ -55,29 +55,31 @@ class Minicraft(AchievementEnv):
         *("collect_wood", "place_table", "make_wood_pickaxe", "collect_stone", "make_stone_pickaxe", "collect_iron"),
     )
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> AchievementState:
         """A new meadow: everything lies in random cells, the robot in another one."""
         contents = jnp.concatenate([jnp.full(count, kind) for kind, count in COUNTS.items()])
         key, world_key = jax.random.split(key)
-        where = jax.random.choice(world_key, SIZE * SIZE, (len(contents) + 1,), replace=False)
-        cells = jnp.full(SIZE * SIZE, GRASS).at[where[1:]].set(contents).reshape(SIZE, SIZE)
-        position = jnp.stack(jnp.divmod(where[0], SIZE))
+        places = jax.random.choice(world_key, SIZE * SIZE, (len(contents) + 1,), replace=False)
+        cells = jnp.full(SIZE * SIZE, GRASS).at[places[1:]].set(contents).reshape(SIZE, SIZE)
+        position = jnp.stack(jnp.divmod(places[0], SIZE))
         world = World(cells, position, jnp.array([0, 1]), jnp.zeros(5, jnp.int32), key)
         return self._state(world, jnp.zeros(len(self.achievement_names), bool), jnp.zeros(()))
 
-    def step(self, state: State, action: Int[Array, ""]) -> State:
+    def step(self, state: AchievementState, action: Int[Array, ""]) -> AchievementState:
         world, achieved = act(state.physics, action)
         achievements = state.achievements | achieved
         reward = jnp.sum(achievements & ~state.achievements).astype(jnp.float32)
         return self._state(world, achievements, reward)
 
-    def _state(self, world: World, achievements: Bool[Array, " achievements"], reward: Float[Array, ""]) -> State:
+    def _state(
+        self, world: World, achievements: Bool[Array, " achievements"], reward: Float[Array, ""]
+    ) -> AchievementState:
         key, noise_key = jax.random.split(world.key)
         observation = jnp.concatenate([observe(world), jax.random.normal(noise_key, (NOISE,))])
         world = world._replace(key=key)
-        return State(world, observation, jnp.zeros(0), reward, jnp.zeros((), bool), achievements)
+        return AchievementState(world, observation, reward, jnp.zeros((), bool), achievements)
 
-    def render(self, states: State, stem: str) -> str:
+    def render(self, states: AchievementState, stem: str) -> str:
         """A GIF of up to four episodes side by side: cells in colour, the robot black, what it carries below."""
         from envs.crafter import save_gif
 

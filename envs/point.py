@@ -7,10 +7,10 @@ step along each axis; walls push it out along their normal, so it slides along t
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key
 
 from envs import mazes
-from envs.base import Env, State, TaskFamily
+from envs.base import GoalEnv, GoalState, TaskFamily, TaskState
 
 ROBOT_RADIUS = 0.2
 SPEED = 0.3
@@ -20,7 +20,7 @@ JITTER = 0.25
 """Starts and goals are uniform in a square of this half side around the centre of their cell."""
 
 
-class PointMaze(Env):
+class PointMaze(GoalEnv):
     """The point robot in the maze `layout` (a name in `mazes.DRAWINGS`)."""
 
     name = "point"
@@ -33,19 +33,19 @@ class PointMaze(Env):
         self.maze = mazes.load(layout, cell_size=1.0)
         self._walls = self.maze.wall_boxes()
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> GoalState:
         (start_key, start_jitter), (goal_key, goal_jitter) = jax.vmap(jax.random.split)(jax.random.split(key))
         start, goal = self.maze.sample(start_key, goal_key)
         return self.place(start + _jitter(start_jitter), goal + _jitter(goal_jitter))
 
-    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> State:
-        return State(position, position, goal, jnp.zeros(()), jnp.zeros((), bool))
+    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> GoalState:
+        return GoalState(position, position, goal, jnp.zeros(()), jnp.zeros((), bool))
 
     def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
         goal_key, jitter_key = jax.random.split(key)
         return self.maze.sample_goal(goal_key) + _jitter(jitter_key)
 
-    def step(self, state: State, action: Float[Array, "2"]) -> State:
+    def step(self, state: GoalState, action: Float[Array, "2"]) -> GoalState:
         position = state.physics
         for _ in range(SUBSTEPS):
             position = position + SPEED / SUBSTEPS * jnp.clip(action, -1, 1)
@@ -54,9 +54,9 @@ class PointMaze(Env):
                 position = _push_out(position, jnp.asarray(self._walls))
         return self.rewarded(self.place(position, state.goal))
 
-    def render(self, states: State, stem: str) -> str:
+    def render(self, states: GoalState, stem: str) -> str:
         """A GIF of all episodes side by side in one maze: the robots, their trails and their goals (crosses)."""
-        return _film(states, stem, ROBOT_RADIUS, lambda axes: mazes.draw(self.maze, axes))
+        return _film(states.physics, states.goal, stem, ROBOT_RADIUS, lambda axes: mazes.draw(self.maze, axes))
 
 
 class PointGoal(TaskFamily):
@@ -71,28 +71,29 @@ class PointGoal(TaskFamily):
     num_train_tasks, num_test_tasks = 80, 20
     STEP = 0.1
 
-    def reset(self, key: Key[Array, ""]) -> State:
-        start_key, goal_key = jax.random.split(key)
+    def reset(self, key: Key[Array, ""]) -> TaskState:
+        start_key, task_key = jax.random.split(key)
         position = self.start(start_key)
-        return State(position, position, self.sample_goal(goal_key), jnp.zeros(()), jnp.zeros((), bool))
+        return TaskState(position, position, self.sample_task(task_key), jnp.zeros(()), jnp.zeros((), bool))
 
     def start(self, key: Key[Array, ""]) -> Float[Array, "2"]:
         return jax.random.uniform(key, (2,), minval=-1.0, maxval=1.0)
 
-    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
+    def sample_task(self, key: Key[Array, ""]) -> Float[Array, "2"]:
         return jax.random.uniform(key, (2,), minval=-1.0, maxval=1.0)
 
-    def step(self, state: State, action: Float[Array, "2"]) -> State:
+    def step(self, state: TaskState, action: Float[Array, "2"]) -> TaskState:
         position = state.physics + self.STEP * jnp.clip(action, -1, 1)
         after = state._replace(physics=position, observation=position)
         return after._replace(reward=self.reward(after))
 
-    def reward(self, state: State) -> Float[Array, ""]:
-        return -jnp.linalg.norm(state.physics - state.goal)
+    def reward(self, state: TaskState) -> Float[Array, ""]:
+        return -jnp.linalg.norm(state.physics - state.task)
 
-    def render(self, states: State, stem: str) -> str:
+    def render(self, states: TaskState, stem: str) -> str:
         """A GIF of all episodes side by side: the points, their trails and their goals (crosses)."""
-        return _film(states, stem, 0.04, lambda axes: axes.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal"))
+        square = lambda axes: axes.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal")
+        return _film(states.physics, states.task, stem, 0.04, square)
 
 
 class SparsePointGoal(PointGoal):
@@ -107,7 +108,7 @@ class SparsePointGoal(PointGoal):
     def start(self, key: Key[Array, ""]) -> Float[Array, "2"]:
         return jnp.zeros(2)
 
-    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
+    def sample_task(self, key: Key[Array, ""]) -> Float[Array, "2"]:
         return _on_arc(jax.random.uniform(key, maxval=np.pi))
 
     def tasks(self, key, num_train, num_test):
@@ -116,11 +117,11 @@ class SparsePointGoal(PointGoal):
         goals = jax.vmap(_on_arc)(angles)
         return goals[:num_train], goals[num_train:]
 
-    def reward(self, state: State) -> Float[Array, ""]:
+    def reward(self, state: TaskState) -> Float[Array, ""]:
         dense = super().reward(state)
         return jnp.where(dense >= -self.RADIUS, 1 + dense, 0.0)
 
-    def training_reward(self, state: State) -> Float[Array, ""]:
+    def training_reward(self, state: TaskState) -> Float[Array, ""]:
         return super().reward(state)
 
 
@@ -128,13 +129,19 @@ def _on_arc(angle: Float[Array, ""]) -> Float[Array, "2"]:
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 
 
-def _film(states: State, stem: str, radius: float, draw_background) -> str:
+def _film(
+    path: Float[ArrayLike, "episodes time 2"],
+    goals: Float[ArrayLike, "episodes time 2"],
+    stem: str,
+    radius: float,
+    draw_background,
+) -> str:
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import animation, pyplot
 
-    path, goals = np.asarray(states.physics), np.asarray(states.goal[:, 0])
+    path, goals = np.asarray(path), np.asarray(goals)[:, 0]
     figure, axes = pyplot.subplots(figsize=(4, 4), dpi=72, layout="tight")
     draw_background(axes)
     colours = pyplot.get_cmap("tab10")(np.arange(len(path)) % 10)

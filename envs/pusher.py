@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from envs import spring
-from envs.base import State
+from envs.base import GoalEnv, GoalState
 from envs.mjx_physics import MjxRobot, Physics
 
 BOXES = {
@@ -42,7 +42,7 @@ ITERATIONS, LS_ITERATIONS = 6, 12
 COLOURS = (0.15, 0.45, 0.95), (0.55, 0.3, 0.75)
 
 
-class Pusher(MjxRobot):
+class Pusher(MjxRobot, GoalEnv):
     """Push one object to a goal; `kind` is 'easy' or 'hard'.
 
     The timestep (5 of 0.01 s), the torques and the noise of a start (joint velocities within 0.005 rad/s of rest, in
@@ -51,7 +51,7 @@ class Pusher(MjxRobot):
 
     Ours, where only the sizes are published: a 'hard' goal is anywhere in that same box, an 'easy' one within 5 cm in x
     and y of the only goal that brax has. The tip is the point half-way between the two fingertips, as in Gym. brax's
-    spring physics lets the arm sink deep into the object and the table, MuJoCo's hardly (tests/test_other_tasks.py);
+    spring physics lets the arm sink deep into object and table, MuJoCo's hardly (tests/envs/test_other_tasks.py);
     its solver does 6 iterations here instead of the file's 20. Distances are kept by drawing from 64 candidates: about
     one reset of `pusher2` in a million finds none that does.
     """
@@ -75,7 +75,7 @@ class Pusher(MjxRobot):
         self.observation_size = 17 + 3 * self.objects
         self.goal_indices = tuple(range(10, 10 + 3 * self.objects))
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> GoalState:
         goal_key, velocity_key, *object_keys = jax.random.split(key, 2 + self.objects)
         goal = self.sample_goal(goal_key)
         objects = []
@@ -88,10 +88,10 @@ class Pusher(MjxRobot):
 
     def state_at(
         self, qpos: Float[Array, " positions"], qvel: Float[Array, " positions"], goal: Float[Array, " goal"]
-    ) -> State:
+    ) -> GoalState:
         """The state with these positions and velocities: of the 7 joints, then x and y of each object."""
         physics = Physics(qpos, qvel, jnp.zeros(self.model.nv))
-        return State(physics, self._observe(physics), goal, jnp.zeros(()), jnp.zeros((), bool))
+        return GoalState(physics, self._observe(physics), goal, jnp.zeros(()), jnp.zeros((), bool))
 
     def sample_goal(self, key: Key[Array, ""]) -> Float[Array, " goal"]:
         goals = []
@@ -99,12 +99,12 @@ class Pusher(MjxRobot):
             goals.append(_draw(goal_key, self._goals, [(other, BETWEEN_GOALS) for other in goals]))
         return _in_space(jnp.concatenate(goals))
 
-    def step(self, state: State, action: Float[Array, "7"]) -> State:
+    def step(self, state: GoalState, action: Float[Array, "7"]) -> GoalState:
         physics = self.advance(state.physics, TORQUE * action)
         after = state._replace(physics=physics, observation=self._observe(physics))
         return self.rewarded(after)
 
-    def goal_position(self, states: State):
+    def goal_position(self, states: GoalState):
         return np.asarray(states.goal)[..., :3]
 
     def _observe(self, physics):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from envs import spring
-from envs.base import State
+from envs.base import GoalEnv, GoalState
 
 GOAL_RADIUS = 0.2
 TIP = (0.11, 0.0, 0.0)
@@ -23,7 +23,7 @@ TIMESTEP, SUBSTEPS, GEAR = 0.005, 4, 25.0
 ANGLE_NOISE, VELOCITY_NOISE = 0.1, 0.005
 
 
-class Reacher(spring.SpringRobot):
+class Reacher(spring.SpringRobot, GoalEnv):
     """The arm on a table.
 
     Timestep, torques and the noise of a start (joint angles within 0.1 rad of the stretched arm, velocities within
@@ -47,13 +47,13 @@ class Reacher(spring.SpringRobot):
     def __init__(self):
         super().__init__(_model(), TIMESTEP, SUBSTEPS)
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> GoalState:
         q_key, qd_key, goal_key = jax.random.split(key, 3)
         q = jax.random.uniform(q_key, (2,), minval=-ANGLE_NOISE, maxval=ANGLE_NOISE)
         qd = jax.random.uniform(qd_key, (2,), minval=-VELOCITY_NOISE, maxval=VELOCITY_NOISE)
         return self.state_at(q, qd, self.sample_goal(goal_key))
 
-    def state_at(self, q: Float[Array, "2"], qd: Float[Array, "2"], goal: Float[Array, "3"]) -> State:
+    def state_at(self, q: Float[Array, "2"], qd: Float[Array, "2"], goal: Float[Array, "3"]) -> GoalState:
         """The state with these joint angles and velocities."""
         return self._state(spring.pipeline.init(self.system, q, qd), goal)
 
@@ -63,7 +63,7 @@ class Reacher(spring.SpringRobot):
         angle = jax.random.uniform(angle_key, maxval=2 * math.pi)
         return jnp.stack([radius * jnp.cos(angle), radius * jnp.sin(angle), jnp.array(HEIGHT)])
 
-    def step(self, state: State, action: Float[Array, "2"]) -> State:
+    def step(self, state: GoalState, action: Float[Array, "2"]) -> GoalState:
         return self.rewarded(self._state(self.advance(state.physics, action), state.goal))
 
     def _state(self, physics, goal):
@@ -71,7 +71,7 @@ class Reacher(spring.SpringRobot):
         tip = physics.x.pos[1] + rotated
         velocity = physics.xd.vel[1] + jnp.cross(physics.xd.ang[1], rotated)
         observation = jnp.concatenate([jnp.cos(physics.q), jnp.sin(physics.q), tip, velocity])
-        return State(physics, observation, goal, jnp.zeros(()), jnp.zeros((), bool))
+        return GoalState(physics, observation, goal, jnp.zeros(()), jnp.zeros((), bool))
 
 
 def _model() -> str:

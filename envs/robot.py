@@ -3,10 +3,10 @@
 import abc
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import ArrayLike, Float
 
 from envs import viewer
-from envs.base import Env, State
+from envs.base import Env, GoalState, State
 
 
 class Robot(Env):
@@ -21,10 +21,9 @@ class Robot(Env):
     def poses(self, states: State) -> tuple[Float[np.ndarray, "*batch bodies 3"], Float[np.ndarray, "*batch bodies 4"]]:
         """Positions and orientations (unit quaternions, w first) of the bodies in the world."""
 
-    def goal_position(self, states: State) -> Float[np.ndarray, "*batch 3"]:
-        """Where the goal is seen in the world; by default goals of 2 are on the ground, and goals of 3 in space."""
-        goal = np.asarray(states.goal)
-        return np.pad(goal, [(0, 0)] * (goal.ndim - 1) + [(0, 3 - goal.shape[-1])])
+    def goal_position(self, states: GoalState) -> Float[np.ndarray, "*batch 3"]:
+        """Where the goal is seen in the world; task families say where the task is."""
+        return in_space(states.goal)
 
     def render(self, states: State, stem: str) -> str:
         """An HTML page that shows the episodes in 3-D, in any browser, offline."""
@@ -40,3 +39,9 @@ class Robot(Env):
             marker_radius=self.marker_radius,
         )
         return f"{stem}.html"
+
+
+def in_space(point: Float[ArrayLike, "*batch axes"]) -> Float[np.ndarray, "*batch 3"]:
+    """x, y, z of a point; of x and y alone, the point on the ground."""
+    point = np.asarray(point)
+    return np.pad(point, [(0, 0)] * (point.ndim - 1) + [(0, 3 - point.shape[-1])])

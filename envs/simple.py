@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from envs import mazes, spring
-from envs.base import State
+from envs.base import GoalEnv, GoalState
 
 CELL_SIZE = 4.0
 TIMESTEP, SUBSTEPS = 0.005, 10
 
 
-class SimpleMaze(spring.SpringRobot):
+class SimpleMaze(spring.SpringRobot, GoalEnv):
     """The point mass in the maze `layout`.
 
     JaxGCRL ends an episode where the height leaves 0.2 to 1 m. On slides the height is 0.25 m always, so nothing
@@ -41,25 +41,25 @@ class SimpleMaze(spring.SpringRobot):
         self.maze.add_walls(root.find("worldbody"), merged_walls)
         super().__init__(ElementTree.tostring(root, encoding="unicode"), TIMESTEP, SUBSTEPS)
 
-    def reset(self, key: Key[Array, ""]) -> State:
+    def reset(self, key: Key[Array, ""]) -> GoalState:
         return self.place(*self.maze.sample(*jax.random.split(key)))
 
-    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> State:
+    def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> GoalState:
         return self.state_at(position, jnp.zeros(2), goal)
 
-    def state_at(self, q: Float[Array, "2"], qd: Float[Array, "2"], goal: Float[Array, "2"]) -> State:
+    def state_at(self, q: Float[Array, "2"], qd: Float[Array, "2"], goal: Float[Array, "2"]) -> GoalState:
         """The state with this position and velocity."""
         return self._state(spring.pipeline.init(self.system, q, qd), goal)
 
     def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
         return self.maze.sample_goal(key)
 
-    def step(self, state: State, action: Float[Array, "2"]) -> State:
+    def step(self, state: GoalState, action: Float[Array, "2"]) -> GoalState:
         return self.rewarded(self._state(self.advance(state.physics, action), state.goal))
 
     def _state(self, physics, goal):
         observation = jnp.concatenate([physics.q, physics.qd])
-        return State(physics, observation, goal, jnp.zeros(()), jnp.zeros((), bool))
+        return GoalState(physics, observation, goal, jnp.zeros(()), jnp.zeros((), bool))
 
 
 # constants of the springs as in brax's ant.xml; spring_mass_scale 1 makes the mass 1 kg

@@ -25,7 +25,7 @@ import numpy as np
 import envs
 import measure
 from algorithms import cocoa, crl, ppo_ad
-from envs.base import Env
+from envs.base import Env, GoalEnv
 from shared import networks, run
 from shared import replay as buffer
 
@@ -35,7 +35,7 @@ BATCH, WIDTH = 512 if ON_GPU else 256, 256
 NUM_ENVS = 512 if ON_GPU else 64
 
 
-class Humanoid(Env):
+class Humanoid(GoalEnv):
     """The sizes of the paper's humanoid; a gradient step asks for nothing else."""
 
     observation_size, action_size, goal_indices = 268, 17, (0, 1, 2)

@@ -126,8 +126,8 @@ def with_vector_env(vector: VectorEnv):
 
     def step(state, key):
         action = jax.random.randint(key, (vector.num_envs,), 0, vector.env.num_actions)
-        state, transition = vector.step(state, action)
-        return state, (transition.reward, transition.terminated | transition.truncated)
+        state, after, truncated = vector.step(state, action)
+        return state, (after.reward, after.terminated | truncated)
 
     return lambda state, keys: jax.lax.scan(step, state, keys)
 

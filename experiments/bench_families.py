@@ -62,7 +62,7 @@ def play(env, state, keys):
 
 
 def family(name: str) -> dict:
-    env = envs.make(name)
+    env = envs.make_kind(name, envs.TaskFamily)
     state = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), NUM_ENVS))
     keys = jax.random.split(jax.random.key(1), CHUNK)
     _, compile_seconds, seconds = timed(partial(play, env), state, keys)

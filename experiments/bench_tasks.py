@@ -20,7 +20,7 @@ import numpy as np
 
 import envs
 import measure
-from envs.base import Env, State
+from envs.base import GoalEnv, GoalState
 
 PAPER = [
     *("ant_big_maze", "ant_hardest_maze", "ant_u4_maze", "ant_u5_maze", "humanoid", "humanoid_u_maze"),
@@ -38,7 +38,7 @@ NUM_ENVS = [int(n) for n in os.environ.get("NUM_ENVS", "64").split(",")]
 FACTS = measure.facts(f"episodes of {EPISODE} steps")
 
 
-def play(env: Env, state: State, keys):
+def play(env: GoalEnv, state: GoalState, keys):
     """Random actions for as many steps as there are keys; a robot that fell stays as it was, but is stepped."""
 
     def step(state, key):
@@ -51,7 +51,7 @@ def play(env: Env, state: State, keys):
     return jax.lax.scan(step, state, keys)
 
 
-def compiled(env: Env, num_envs: int):
+def compiled(env: GoalEnv, num_envs: int):
     """A chunk of steps, its first state, and the seconds that compiling it took."""
     state = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), num_envs))
     start = time.perf_counter()
@@ -60,7 +60,7 @@ def compiled(env: Env, num_envs: int):
 
 
 def task(name: str) -> dict:
-    env = envs.make(name)
+    env = envs.make_kind(name, GoalEnv)
     row = {"env": name, "simulator": env.simulator}
     for num_envs in NUM_ENVS:
         chunk, state, compile_seconds = compiled(env, num_envs)

@@ -44,12 +44,12 @@ def play(episodes: int, num_envs: int, seed: int = 0) -> Episodes:
     length, total_reward, seen = np.zeros(num_envs, int), np.zeros(num_envs), [[] for _ in range(num_envs)]
     each = -(-episodes // num_envs)
     while min(map(len, seen)) < each:
-        state, transition = step(state, actions.integers(pool.env.num_actions, size=num_envs, dtype=np.int32))
-        transition = jax.tree.map(np.asarray, transition)
+        state, after, truncated = step(state, actions.integers(pool.env.num_actions, size=num_envs, dtype=np.int32))
+        after, truncated = jax.tree.map(np.asarray, (after, truncated))
         length += 1
-        total_reward += transition.reward
-        for i in np.flatnonzero(transition.terminated | transition.truncated):
-            seen[i].append((length[i], total_reward[i], transition.achievements[i]))
+        total_reward += after.reward
+        for i in np.flatnonzero(after.terminated | truncated):
+            seen[i].append((length[i], total_reward[i], after.achievements[i]))
             length[i] = total_reward[i] = 0
     pool.close()
     return Episodes(*map(np.array, zip(*(episode for world in seen for episode in world[:each]))))

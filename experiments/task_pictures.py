@@ -59,7 +59,7 @@ SCENE = """
 def main(names: list[str]) -> None:
     HERE.mkdir(exist_ok=True)
     for name in names or FAMILIES.split():
-        env = envs.make(name)
+        env = envs.make_kind(name, envs.GoalEnv)
         state = jax.jit(env.reset)(jax.random.key(0))
         image = robot_picture(env, state) if isinstance(env, Robot) else point_picture(env, state)
         image = image.convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)

@@ -1,9 +1,9 @@
 """An environment that has sizes and nothing else, for tests of networks and losses."""
 
-from envs.base import Env
+from envs.base import GoalEnv
 
 
-class Sizes(Env):
+class Sizes(GoalEnv):
     def __init__(self, observation: int, action: int, goal: int):
         self.observation_size, self.action_size, self.goal_indices = observation, action, tuple(range(goal))
 
