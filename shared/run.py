@@ -248,7 +248,7 @@ def _resumed(config_class, given: dict) -> dict:
     return saved | given
 
 
-def _kind(annotation) -> tuple[type, dict]:
+def _kind(annotation) -> tuple[typing.Any, dict]:
     """What a field holds when it is not None, and its limits: 'ge' -> 1 and so on, and 'why' -> their reason."""
     if type(None) in typing.get_args(annotation):
         annotation = typing.get_args(annotation)[0]
@@ -409,8 +409,13 @@ class Run:
         name = f"{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(config.resume or config.run_dir or Path("runs", algorithm, config.env, name))
         try:
-            _begin_folder(self.folder, config)
+            if not config.resume and (self.folder / "config.json").exists():
+                raise UserError(
+                    f"{self.folder} already holds a run; go on with --resume {self.folder}, or name another"
+                )
+            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             self._sinks = list(_sinks(config, self.folder))
+            _write_facts(self.folder / "config.json", config)
         except OSError as error:
             raise UserError(f"cannot write run folder {self.folder}: {error.strerror}; choose a --run_dir") from None
         self._earlier_seconds, self._started = 0.0, time.monotonic()
@@ -560,7 +565,7 @@ class Run:
         *_, gradient_steps = _count(state).values()
         return jax.vmap(lambda key: jax.random.fold_in(evaluation_key(key), gradient_steps))(self.seeds)
 
-    def end_chunk(self, state, metrics: dict[str, jax.Array]) -> None:
+    def end_chunk(self, state, metrics: dict) -> None:
         """Checks that all is finite, writes metrics.csv, shows the progress, and saves a checkpoint where one is due.
 
         Args:
@@ -758,20 +763,15 @@ def _count(state) -> dict[str, int]:
     return {name: int(value[0]) for name, value in state._asdict().items() if name.endswith("_steps")}
 
 
-def _begin_folder(folder, config):
-    """Makes the run folder with its config.json; of a resumed run, brings that up to date."""
-    path = folder / "config.json"
-    if config.resume:
-        facts = json.loads(path.read_text())
-        if facts["config"] != _settings(config):  # more steps than before
-            facts |= {"config": _settings(config), "extended": [*facts.get("extended", []), _command()]}
-            _write_atomically(path, json.dumps(facts, indent=2).encode())
-        os.utime(folder / "checkpoints")
+def _write_facts(path, config):
+    """Writes config.json: how the run was made; of a resumed run, that it got more steps."""
+    facts = json.loads(path.read_text()) if config.resume else _facts(config)
+    if config.resume and facts["config"] == _settings(config):
+        os.utime(path.parent / "checkpoints")  # fails where the folder cannot be written
         return
-    if path.exists():
-        raise UserError(f"{folder} already holds a run; go on with --resume {folder}, or name another")
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, json.dumps(_facts(config), indent=2).encode())
+    if config.resume:
+        facts |= {"config": _settings(config), "extended": [*facts.get("extended", []), _command()]}
+    _write_atomically(path, json.dumps(facts, indent=2).encode())
 
 
 def _settings(config):

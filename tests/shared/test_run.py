@@ -5,46 +5,47 @@ import json
 import os
 import re
 import subprocess
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from annotated_types import Ge, Interval, MultipleOf
 
 from shared import run
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(run.RunConfig):
     env: str = "point_u_maze"
     """The
     environment."""
-    rate: float = 0.5
+    rate: run.Fraction = 0.5
     """A rate."""
     kind: Literal["a", "b"] = "a"
     """A choice."""
     flag: bool = True
     """A switch."""
-    size: int | None = None
+    size: run.Count | None = None
     """A size."""
-    total_env_steps: int = 100
+    depth: Annotated[int, Ge(4), MultipleOf(4)] = 4
+    """A depth."""
+    threshold: Annotated[float, Interval(ge=0.5, lt=1), "so that it is unique"] = 0.5
+    """A threshold."""
+    total_env_steps: run.Steps = 100
     """Steps."""
-    seed: int = 0
-    """Seed."""
-    num_seeds: int = 1
-    """Seeds."""
-    run_dir: str = ""
-    """Folder."""
-    resume: str = ""
-    """Folder."""
-    tensorboard: bool = False
-    """TensorBoard."""
-    wandb: bool = False
-    """wandb."""
+    eval_every: run.Count = 40
+    """Steps."""
+    checkpoint_every: run.Count = 20
+    """Steps."""
+    final_lr_fraction: run.Share = 1.0
+    """A share."""
 
 
-RECIPES = {"point_*": {"rate": 0.1}, "point_u*": {"size": 3}}
+RECIPES = {"point_*": "--rate 0.1", "point_u*": "--size 3\n  --noflag"}
+SCORES = run.Scores("reward", {"eval/x": "mean action", "eval/missing": "sampled action"})
 
 
 def configure(*flags):
@@ -52,11 +53,12 @@ def configure(*flags):
 
 
 def test_flags_override_the_recipe_which_overrides_the_defaults():
-    assert configure() == Config(rate=0.1, size=3)
+    assert configure() == Config(rate=0.1, size=3, flag=False)
     assert configure("--env=ant") == Config(env="ant")
     given = configure("--rate=0.7", "--kind", "b", "--flag=false", "--size=9", "--env", "point_x")
     assert given == Config(rate=0.7, kind="b", flag=False, size=9, env="point_x")
     assert configure("--noflag", "--env=ant").flag is False
+    assert configure("--flag").flag is True
 
 
 def test_help_shows_every_field_with_its_text_and_the_defaults_in_force(capsys):
@@ -65,8 +67,10 @@ def test_help_shows_every_field_with_its_text_and_the_defaults_in_force(capsys):
     assert exit_.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "--env The environment. (default: point_u_maze)" in text
-    assert "--rate A rate. (default: 0.5; 0.1 for point_*)" in text
+    assert "--rate A rate. It lies strictly between 0 and 1. (default: 0.5; 0.1 for point_*)" in text
     assert "--kind A choice. One of a, b. (default: a)" in text
+    assert "--size A size. It is at least 1. (default: none; 3 for point_u*)" in text
+    assert "--num_seeds Number of seeds" in text
 
 
 @pytest.mark.parametrize(
@@ -85,30 +89,84 @@ def test_bad_flags_are_one_line(flags, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-STEPS = {"env_steps": 20, "gradient_steps": 4}
-STATE = {"key": jax.random.split(jax.random.key(3), 2), "x": jnp.arange(5.0), "n": jnp.array(7, jnp.int32)}
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--rate=1", "rate is 1.0; it lies strictly between 0 and 1"),
+        ("--rate=nan", "rate is nan; it lies strictly between 0 and 1"),
+        ("--size=0", "size is 0; it is at least 1"),
+        ("--depth=6", "depth is 6; it is a positive multiple of 4, e.g. 8"),
+        ("--depth=-4", "depth is -4; it is a positive multiple of 4, e.g. 4"),
+        ("--threshold=1", "threshold is 1.0; it lies in [0.5, 1), so that it is unique"),
+        ("--final_lr_fraction=-0.1", "final_lr_fraction is -0.1; it lies in [0, 1]"),
+        ("--total_env_steps=3000000000", "total_env_steps is 3000000000; it lies in [1, 2000000000]"),
+    ],
+)
+def test_a_value_out_of_its_range_is_one_line(flag, message):
+    with pytest.raises(run.UserError) as error:
+        configure(flag)
+    assert str(error.value) == message
+
+
+def test_ranges_hold_at_their_ends():
+    given = configure("--threshold=0.5", "--final_lr_fraction=0", "--depth=1024", "--size=1")
+    assert (given.threshold, given.final_lr_fraction, given.depth, given.size) == (0.5, 0.0, 1024, 1)
+
+
+class State(NamedTuple):
+    agent: jax.Array
+    env_steps: jax.Array
+    gradient_steps: jax.Array
+    key: jax.Array
+    n: jax.Array
+
+
+def state_at(env_steps: int) -> State:
+    """Of a run of 2 seeds with 5 environment steps for a gradient step."""
+    steps = [jnp.full(2, steps, jnp.int32) for steps in (env_steps, env_steps // 5)]
+    agent = jnp.arange(10.0).reshape(2, 5) * env_steps
+    return State(agent, *steps, jax.random.split(jax.random.key(env_steps), 2), jnp.array([7, env_steps], jnp.int32))
+
+
+SHAPES = jax.eval_shape(lambda: state_at(20))
+
+
+def chunks(log, start, *env_steps, **metrics):
+    """Chunks that end at these steps, from a state."""
+    state = state_at(start)
+    for steps in env_steps:
+        assert log.going(state)
+        state = state_at(steps)
+        values = {"train/loss": np.array([[0.1, 0.3], [steps / 100] * 2])}
+        if log.evaluates(state):
+            values["eval/x"] = np.array([1.0, 2.0])
+        log.end_chunk(state, values | metrics)
+    return state
+
+
+def new_run(folder, **settings):
+    log = run.Run(Config(run_dir=str(folder), num_seeds=2, **settings), "test", SCORES)
+    log._columns += ["train/loss", "eval/x"]  # which `compile` finds
+    return log
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A run of two chunks with a checkpoint after each."""
-    with run.Run(Config(run_dir=str(tmp_path / "r"), num_seeds=2), "test") as log:
-        log.start_clock(0)
-        for i in (1, 2):
-            metrics = {"train/loss": np.array([0.1 * i, 0.2]), **({"eval/x": np.array([1.0, 2.0])} if i == 2 else {})}
-            steps = {"env_steps": 20 * i, "gradient_steps": 4 * i}
-            log.log(steps, metrics, ["train/loss", "eval/x"])
-            log.save(jax.tree.map(lambda x, i=i: x if x.ndim == 1 and x.shape == (2,) else x * i, STATE), steps)
+    with new_run(tmp_path / "r") as log:
+        chunks(log, 0, 20, 40)
     return tmp_path / "r"
 
 
-def resumed(folder):
-    return run.Run(Config(resume=str(folder), num_seeds=2), "test")
+def resumed(folder, **settings):
+    log = run.Run(Config(resume=str(folder), num_seeds=2, **settings), "test", SCORES)
+    log._columns += ["train/loss", "eval/x"]
+    return log
 
 
 def restore(folder):
     with resumed(folder) as log:
-        return log.restore(jax.eval_shape(lambda: STATE))
+        return log.restore(SHAPES)
 
 
 def test_run_folder_says_what_was_run(folder):
@@ -121,17 +179,74 @@ def test_metrics_have_a_row_per_chunk_and_seed(folder):
     metrics = run.read_metrics(folder)
     assert metrics["seed"].tolist() == [0, 1, 0, 1]
     assert metrics["env_steps"].tolist() == [20, 20, 40, 40]
-    np.testing.assert_allclose(metrics["train/loss"], [0.1, 0.2, 0.2, 0.2])
+    assert metrics["gradient_steps"].tolist() == [4, 4, 8, 8]
+    np.testing.assert_allclose(metrics["train/loss"], [0.2, 0.2, 0.2, 0.4])  # means over gradient steps
     np.testing.assert_array_equal(metrics["eval/x"], [np.nan, np.nan, 1, 2])
     assert set(run.TIMING_COLUMNS) <= set(metrics)
 
 
+def test_evaluations_are_due_at_multiples_and_at_the_end(tmp_path):
+    with new_run(tmp_path / "r", total_env_steps=130, checkpoint_every=1000) as log:
+        assert not log.going(chunks(log, 0, 30, 50, 70, 85, 135))
+    evaluated = run.read_metrics(tmp_path / "r")
+    steps = evaluated["env_steps"][~np.isnan(evaluated["eval/x"])]
+    assert sorted(set(steps)) == [50, 85, 135], "crossed 40 and 80; the end"
+    assert sorted(int(path.stem) for path in (tmp_path / "r/checkpoints").iterdir()) == [0, 135]
+
+
+def test_an_evaluation_is_printed_and_the_folder_comes_last(tmp_path, capsys):
+    with new_run(tmp_path / "r") as log:
+        chunks(log, 0, 20, 40)
+    *_, line, last = capsys.readouterr().out.splitlines()
+    assert line == "env steps          40  reward: mean action 1.5"
+    assert last == str(tmp_path / "r")
+
+
+def test_evaluation_keys_are_of_their_seed_and_step_and_not_those_of_training(tmp_path):
+    with new_run(tmp_path / "r", seed=5) as log:
+        here, later = (log.evaluation_keys(state_at(steps)) for steps in (20, 40))
+    expected = [jax.random.fold_in(jax.random.split(jax.random.key(seed), 4)[3], 4) for seed in (5, 6)]
+    chex.assert_trees_all_equal(jax.random.key_data(here), jnp.stack([jax.random.key_data(key) for key in expected]))
+    assert (jax.random.key_data(here) != jax.random.key_data(later)).any(axis=1).all()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "what"),
+    [
+        (
+            {"train/a_loss": np.array([[1, 2, np.nan], [1, np.inf, 2]])},
+            "train/a_loss is inf at gradient step 6 of seed 1",
+        ),
+        ({"train/loss": np.array([np.nan, 1])}, "train/loss is nan at env step 40 of seed 0"),
+        ({}, "a parameter is not finite after gradient step 8"),
+    ],
+)
+def test_what_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, metrics, what):
+    with new_run(tmp_path / "r") as log:
+        state = chunks(log, 0, 20)
+        assert log.going(state)
+        after = state_at(40)
+        after = after if metrics else after._replace(agent=after.agent.at[1, 2].set(jnp.nan))
+        with pytest.raises(run.UserError, match=f"^{what}; training stopped, the last good checkpoint is kept"):
+            log.end_chunk(after, {"train/unlucky": np.array([np.nan, 1]), **metrics})
+    assert restore(tmp_path / "r").env_steps[0] == 20
+
+
 def test_restores_the_newest_checkpoint_exactly(folder):
-    state, steps = restore(folder)
-    assert steps == {"env_steps": 40, "gradient_steps": 8}
-    np.testing.assert_array_equal(state["x"], np.arange(5.0) * 2)
-    assert state["n"] == 14 and state["n"].dtype == jnp.int32
-    np.testing.assert_array_equal(jax.random.normal(state["key"][1], 3), jax.random.normal(STATE["key"][1], 3))
+    state = restore(folder)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, SHAPES)
+    draws = lambda state: state._replace(key=jax.vmap(lambda key: jax.random.normal(key, 3))(state.key))
+    chex.assert_trees_all_equal(draws(state), draws(state_at(40)))
+
+
+def test_what_is_unsaved_is_none_after_a_resume(tmp_path):
+    config = Config(run_dir=str(tmp_path / "r"), num_seeds=2)
+    with run.Run(config, "test", SCORES, unsaved=("n",)) as log:
+        log.save(state_at(20))
+    with run.Run(dataclasses.replace(config, resume=config.run_dir), "test", SCORES, unsaved=("n",)) as log:
+        state = log.restore(SHAPES)
+    assert state.n is None
+    np.testing.assert_array_equal(state.agent, state_at(20).agent)
 
 
 def truncate(path):
@@ -159,14 +274,14 @@ def headless(path):
 @pytest.mark.parametrize("damage", [truncate, flip, garbage, empty, headless])
 def test_a_damaged_checkpoint_gives_one_line_and_the_one_before_it(folder, damage, capsys):
     damage(sorted((folder / "checkpoints").glob("*.eqx"))[-1])
-    state, steps = restore(folder)
-    assert steps["env_steps"] == 20
-    np.testing.assert_array_equal(state["x"], np.arange(5.0))
+    state = restore(folder)
+    assert state.env_steps[0] == 20
+    np.testing.assert_array_equal(state.agent, state_at(20).agent)
     assert len(re.findall("is damaged", capsys.readouterr().out)) == 1
     with resumed(folder) as log:  # the damaged one is set aside, and does not push out good ones
         for env_steps in (25, 30):
-            log.save(STATE, {"env_steps": env_steps, "gradient_steps": 5})
-    assert restore(folder)[1]["env_steps"] == 30
+            log.save(state_at(env_steps))
+    assert restore(folder).env_steps[0] == 30
     assert run.read_metrics(folder)["env_steps"].tolist() == [20, 20], "rows after the checkpoint stay"
 
 
@@ -180,17 +295,17 @@ def test_without_an_intact_checkpoint_nothing_is_changed(folder):
 
 
 def test_a_checkpoint_of_other_arrays_is_refused_and_kept(folder):
-    like = jax.eval_shape(lambda: {**STATE, "x": jnp.zeros(6)})
+    like = SHAPES._replace(agent=jax.ShapeDtypeStruct((2, 6), jnp.float32))
     with resumed(folder) as log, pytest.raises(run.UserError, match="does not fit this version of the script") as error:
         log.restore(like)
     assert "\n" not in str(error.value)
-    assert restore(folder)[1]["env_steps"] == 40
+    assert restore(folder).env_steps[0] == 40
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_over(folder, capsys):
     for path in (folder / "checkpoints").glob("*.eqx"):
         path.unlink()
-    assert restore(folder) == (None, None)
+    assert restore(folder) is None
     assert "starting from the beginning" in capsys.readouterr().out
     assert (folder / "metrics.csv").read_text().count("\n") == 1
 
@@ -199,9 +314,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(folder, capsys):
 def test_a_header_cut_short_by_a_kill_is_written_anew(folder, text):
     (folder / "metrics.csv").write_text(text)
     with resumed(folder) as log:
-        log.restore(jax.eval_shape(lambda: STATE))
-        log.start_clock(40)
-        log.log({"env_steps": 60, "gradient_steps": 12}, {"train/loss": np.ones(2)}, ["train/loss"])
+        log.restore(SHAPES)
+        chunks(log, 40, 60)
     assert run.read_metrics(folder)["env_steps"].tolist() == [60, 60]
 
 
@@ -221,21 +335,21 @@ def test_a_checkpoint_is_complete_or_absent(folder, monkeypatch):
 
     monkeypatch.setattr(run.eqx, "tree_serialise_leaves", dies)
     with resumed(folder) as log, pytest.raises(run.UserError, match=r"cannot write checkpoint .*disk full"):
-        log.save(STATE, {"env_steps": 60, "gradient_steps": 12})
+        log.save(state_at(60))
     monkeypatch.undo()
-    assert restore(folder)[1]["env_steps"] == 40
+    assert restore(folder).env_steps[0] == 40
     assert not list((folder / "checkpoints").glob("*.partial"))
 
 
 def test_two_checkpoints_are_kept(folder):
     with resumed(folder) as log:
-        log.save(STATE, {"env_steps": 60, "gradient_steps": 12})
+        log.save(state_at(60))
     assert [int(p.stem) for p in sorted((folder / "checkpoints").iterdir())] == [40, 60]
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(folder):
     with pytest.raises(run.UserError, match="already holds a run"):
-        run.Run(Config(run_dir=str(folder)), "test")
+        new_run(folder)
 
 
 def test_a_resumed_run_takes_its_settings_from_its_folder(folder):
@@ -245,18 +359,94 @@ def test_a_resumed_run_takes_its_settings_from_its_folder(folder):
         configure(f"--resume={folder}", "--num_seeds=3")
 
 
+@pytest.mark.parametrize("steps", [100, 60])
+def test_a_run_goes_on_with_more_steps_and_says_so_in_its_folder(folder, steps, monkeypatch):
+    monkeypatch.setattr(run.sys, "argv", ["crl.py", "--resume", "there"])
+    if steps == 60:
+        with pytest.raises(run.UserError, match=r"--total_env_steps=60 disagrees with the run in .*, which has 100"):
+            configure(f"--resume={folder}", f"--total_env_steps={steps}")
+        return
+    config = configure(f"--resume={folder}", "--total_env_steps=140")
+    with run.Run(config, "test", SCORES) as log:
+        log._columns += ["train/loss", "eval/x"]
+        assert log.going(log.restore(SHAPES))
+        state = chunks(log, 40, 120)
+        assert log.going(state), "the earlier total of 100 does not hold any more"
+    facts = json.loads((folder / "config.json").read_text())
+    assert facts["config"]["total_env_steps"] == 140
+    assert facts["extended"] == ["python crl.py --resume there"]
+    assert configure(f"--resume={folder}").total_env_steps == 140
+
+
+def test_a_run_whose_learning_rates_fall_until_its_end_does_not_go_on_after_it(tmp_path):
+    with new_run(tmp_path / "r", final_lr_fraction=0.1):
+        pass
+    with pytest.raises(run.UserError, match=r"fall until step 100 \(final_lr_fraction\), so it cannot go on to 140"):
+        configure(f"--resume={tmp_path / 'r'}", "--total_env_steps=140")
+    assert configure(f"--resume={tmp_path / 'r'}", "--total_env_steps=100").total_env_steps == 100
+
+
+def contents(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_loading_an_agent_only_reads(folder):
+    before = contents(folder)
+    config = run.load_config(Config, folder)
+    make_agent = lambda key: jax.random.normal(key, 5)
+    np.testing.assert_array_equal(run.load_agent(make_agent, folder, config), state_at(40).agent[0])
+    np.testing.assert_array_equal(run.load_agent(make_agent, folder, config, seed=1), state_at(40).agent[1])
+    flip(sorted((folder / "checkpoints").glob("*.eqx"))[-1])
+    np.testing.assert_array_equal(run.load_agent(make_agent, folder, config), state_at(20).agent[0])
+    flip(sorted((folder / "checkpoints").glob("*.eqx"))[-1])
+    assert {path: data for path, (_, data) in contents(folder).items()} == {p: data for p, (_, data) in before.items()}
+    assert set(contents(folder)) == set(before)
+
+
+def test_loading_says_what_there_is_not(folder, tmp_path):
+    config = run.load_config(Config, folder)
+    with pytest.raises(run.UserError, match=r"seed is 2; .* has 2 seed\(s\) from 0 on"):
+        run.load_agent(lambda key: jnp.zeros(5), folder, config, seed=2)
+    with pytest.raises(run.UserError, match="does not fit this version of the script"):
+        run.load_agent(lambda key: jnp.zeros(6), folder, config)
+    for path in (folder / "checkpoints").glob("*.eqx"):
+        garbage(path)
+    with pytest.raises(run.UserError, match="has no intact checkpoint"):
+        run.load_agent(lambda key: jnp.zeros(5), folder, config)
+    with pytest.raises(run.UserError, match="is not a run folder"):
+        run.load_config(Config, tmp_path)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_a_compiled_function_is_batched_and_traced_once_and_its_metrics_become_columns(tmp_path, num_seeds):
+    chex.clear_trace_counter()
+
+    @chex.assert_max_traces(1)
+    def chunk(state):
+        return state._replace(agent=state.agent + 1), {"train/a": state.agent.sum(), "eval/b": jnp.zeros(())}
+
+    with run.Run(Config(run_dir=str(tmp_path / "r"), num_seeds=num_seeds), "test", SCORES) as log:
+        state = jax.tree.map(lambda x: x[:num_seeds], state_at(20))
+        compiled = log.compile("chunk", chunk, jax.eval_shape(lambda: state))
+        for _ in range(3):
+            state, metrics = compiled(state)
+        assert log._columns == ["eval/b", "train/a"]
+    chex.assert_shape(metrics["train/a"], (num_seeds,))
+    np.testing.assert_array_equal(state.agent, state_at(20).agent[:num_seeds] + 3)
+
+
 def test_a_missing_logger_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(run.sys.modules, "wandb", None)
     with pytest.raises(run.UserError, match=r"--wandb needs packages that are missing: pip install"):
-        run.Run(Config(run_dir=str(tmp_path / "w"), wandb=True), "test")
-    run.Run(Config(run_dir=str(tmp_path / "w")), "test")  # the folder is not taken
+        new_run(tmp_path / "w", wandb=True)
+    new_run(tmp_path / "w")  # the folder is not taken
 
 
 def test_the_commit_tells_of_changed_code_and_not_of_results(tmp_path, monkeypatch):
     def git(*arguments):
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    for name in ("shared/run.py", "results/a.csv", "results/a.py", "README.md"):
+    for name in ("shared/run.py", "results/a.csv", "experiments/a.py", "README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("before")
     git("init")
@@ -267,5 +457,5 @@ def test_the_commit_tells_of_changed_code_and_not_of_results(tmp_path, monkeypat
     for name in ("results/a.csv", "README.md", "results/untracked.py"):
         (tmp_path / name).write_text("after")
     assert re.fullmatch("[0-9a-f]{40}", run.commit())
-    (tmp_path / "results/a.py").write_text("after")
+    (tmp_path / "experiments/a.py").write_text("after")
     assert re.fullmatch(r"[0-9a-f]{40}\+changes", run.commit())
