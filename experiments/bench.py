@@ -22,11 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import envs
 import measure
 from algorithms import cocoa, crl, ppo_ad
-from envs.base import Env, GoalEnv
-from shared import networks, run
+from envs import AchievementEnv, GoalEnv, GoalState, TaskFamily
+from shared import evaluation, run
 from shared import replay as buffer
 
 DEPTHS = (4, 16, 64, 256, 1024)
@@ -39,34 +38,28 @@ class Humanoid(GoalEnv):
     """The sizes of the paper's humanoid; a gradient step asks for nothing else."""
 
     observation_size, action_size, goal_indices = 268, 17, (0, 1, 2)
-    reset = step = sample_goal = render = None
+    step = sample_goal = render = None
+
+    def reset(self, key):
+        return GoalState(None, jnp.zeros(268), jnp.zeros(3), jnp.zeros(()), jnp.zeros((), bool))
 
 
-def gradient_step_inputs(depth: int, **settings) -> tuple[crl.Config, Env, crl.TrainState]:
+def gradient_step_inputs(depth: int, **settings) -> tuple[crl.Config, GoalEnv, crl.TrainState]:
     """What crl.update needs, its replay filled with noise of the humanoid's sizes."""
     config = crl.Config(
         depth=depth, num_envs=8, min_replay_size=62, max_replay_size=1000,
         **{"batch_size": BATCH, "width": WIDTH, **settings},
     )  # fmt: skip
     env = Humanoid()
-    actor, critic = crl.make_networks(config, env, jax.random.key(0))
-    row = crl.Row(jnp.zeros(268), jnp.zeros(17), jnp.zeros(3))
-    replay = buffer.init(row, 1000, config.num_envs)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1000, 8, *x.shape), x.dtype), row)
-    noise = jax.tree.map(lambda s: jax.random.normal(jax.random.key(1), s.shape), shapes)
-    replay = buffer.add(replay, noise, jnp.zeros((1000, 8), bool))
-    log_alpha = jnp.zeros(())
-    state = crl.TrainState(
-        actor, critic, log_alpha, crl.adam(config, 3e-4).init(actor), crl.adam(config, 3e-4).init(critic),
-        crl.adam(config, 3e-4).init(log_alpha), replay, None, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32),
-        jax.random.key(2),
-    )  # fmt: skip
-    return config, env, state
+    state = crl.init(config, env, jax.random.key(0))
+    noise = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), state.replay.data)
+    replay = buffer.add(state.replay, noise, jnp.zeros((1000, 8), bool))
+    return config, env, state._replace(replay=replay, envs=None)
 
 
 def one_depth(depth: int) -> dict:
     config, env, state = gradient_step_inputs(depth)
-    parameters = networks.count_parameters((state.actor, state.critic))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves((state.agent.actor, state.agent.critic)))
     step = jax.jit(partial(crl.update, config, env), donate_argnums=0)
     compile_seconds, step = measure.compiled(step, state, jax.random.key(0))
     rounds = 21 if depth <= 64 else 6 if depth == 256 else 4
@@ -90,7 +83,8 @@ def phases(script) -> tuple[str, dict, object]:
     keys = jax.vmap(jax.random.key)(jnp.arange(1))
     jitted = lambda function: jax.jit(run.over_seeds(1, function), donate_argnums=0)
     if script is ppo_ad:
-        vector = ppo_ad.make_env(config).vectorise(config.num_envs, config.episode_length)
+        env = run.make_env(config.env, AchievementEnv, config.env_options)
+        vector = env.vectorise(config.num_envs, config.episode_length)
         state = jax.jit(run.over_seeds(1, partial(ppo_ad.init, config, vector)))(keys)
 
         def collect(carry):
@@ -107,11 +101,12 @@ def phases(script) -> tuple[str, dict, object]:
         updates = config.update_epochs * config.num_minibatches
         return config.env, {"collect": (jitted(collect), steps), "learn": (jitted(learn), updates)}, (state, data)
     if script is crl:
-        env, _ = crl.make_envs(config)
+        env, _ = evaluation.make_envs(config)
         state = jax.jit(run.over_seeds(1, partial(crl.init, config, env)))(keys)
         steps, updates = crl.chunk_steps(config), config.updates_per_chunk
     else:
-        env = cocoa.make_family(config)
+        env = run.make_env(config.env, TaskFamily, config.env_options)
+        config = cocoa.settle(config, env)
         begin = lambda key: cocoa.fill(config, env, cocoa.init(config, env, key))
         state = jax.jit(run.over_seeds(1, begin))(keys)
         steps, updates = config.tasks_per_iteration * cocoa.visit_steps(config), config.updates_per_iteration
@@ -142,7 +137,7 @@ def one_script(name: str) -> dict:
 def collection(name: str, steps: int) -> dict:
     """Compile seconds and environment steps per second of crl.py's data collection with depth-4 networks."""
     config = crl.Config(env=name, num_envs=NUM_ENVS, unroll_length=steps, max_replay_size=1000, min_replay_size=steps)
-    env = envs.make(name)
+    env = run.make_env(name, GoalEnv, config.env_options)
     state = jax.jit(partial(crl.init, config, env))(jax.random.key(0))
     compile_seconds, chunk = measure.compiled(jax.jit(partial(crl.collect, config, env), donate_argnums=0), state)
     seconds, _ = measure.repeated(chunk, state)

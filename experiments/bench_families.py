@@ -56,7 +56,7 @@ def play(env, state, keys):
         action = jax.random.uniform(key, (len(state.reward), env.action_size), minval=-1, maxval=1)
         after = jax.vmap(env.step)(state, action)
         seen = jnp.where(state.terminated, 0, after.reward), ~state.terminated, jnp.isfinite(after.observation).all()
-        return cocoa.where(state.terminated, state, after), seen
+        return cocoa.select(state.terminated, state, after), seen
 
     return jax.lax.scan(step, state, keys)
 
@@ -88,9 +88,10 @@ def random_points(seed: int) -> dict:
     returns = {}
     for name in ("point_goal", "sparse_point_goal"):
         env = envs.make(name)
-        config = cocoa.Config(env=name, **run.recipe_for(name, cocoa.RECIPES))
+        flags = [cocoa.__name__, "--env", name]
+        config = cocoa.settle(run.configure(cocoa.Config, cocoa.RECIPES, cocoa.__doc__, flags), env)
         tasks = jnp.tile(cocoa.init(config, env, jax.random.key(seed)).test_tasks, (200, 1))
-        start = cocoa.begin(env, tasks, jax.random.key(1000 + seed))
+        start = cocoa.reset(env, tasks, jax.random.key(1000 + seed))
         _, (rewards, *_) = play(env, start, jax.random.split(jax.random.key(2000 + seed), config.episode_length))
         returns[f"{name}_return"] = f"{rewards.sum(axis=0).mean():.4f}"
     return {"seed": seed, **returns}

@@ -153,15 +153,16 @@ HOISTED = Way(tuple, hoisted, PICK)
 
 
 def prepare(way: Way, config, state: crl.TrainState) -> crl.TrainState:
-    """A state whose `actor` holds the parameters of actor, phi and psi as this way keeps them, with one Adam."""
-    parameters = way.keep((state.actor, state.critic.phi, state.critic.psi))
-    optimizer = crl.adam(config, config.actor_lr).init(parameters)
-    return state._replace(actor=parameters, actor_optimizer=optimizer, critic=None, critic_optimizer=None)
+    """A state whose `agent.actor` holds the parameters of actor, phi and psi as this way keeps them, with one Adam."""
+    actor, critic, log_alpha = state.agent
+    agent = crl.Agent(way.keep((actor, critic.phi, critic.psi)), None, log_alpha)
+    return state._replace(agent=agent, optimizer=crl.make_optimizer(config).init(agent))
 
 
 def update(way: Way, config, env, state, key):
     """crl.update as one gradient of the summed losses, the networks applied in this way."""
     batch_key, actor_key = jax.random.split(key)
+    agent = state.agent
     batch = crl.sample(config, env, state.replay, batch_key)
     join = lambda *parts: jnp.concatenate(parts, axis=-1)
 
@@ -173,34 +174,27 @@ def update(way: Way, config, env, state, key):
         fixed, psi = jax.lax.stop_gradient((way.only(parameters, 1), psi))
         critic = SimpleNamespace(encode_state_action=lambda *parts: way.apply(fixed, (join(*parts),))[0])
         with mock.patch.object(crl, "policy", lambda *_: SquashedGaussian.from_output(output)):
-            alpha = jnp.exp(state.log_alpha)
-            actor_loss, actor_info = crl.actor_loss(None, critic, psi, alpha, batch, actor_key, config)
-        return critic_loss + actor_loss, {**actor_info, **critic_info}
+            fixed_agent = agent._replace(critic=critic)
+            actor_loss, actor_info = crl.actor_loss(None, fixed_agent, psi, batch, actor_key, config)
+        return critic_loss + actor_loss, actor_info | critic_info
 
-    def step(learning_rate, gradient, optimizer, parameters):
-        updates, optimizer = crl.adam(config, learning_rate).update(gradient, optimizer)
-        return optax.apply_updates(parameters, updates), optimizer
-
-    gradient, info = jax.grad(loss, has_aux=True)(state.actor)
-    parameters, optimizer = step(config.actor_lr, gradient, state.actor_optimizer, state.actor)
+    gradient, info = jax.grad(loss, has_aux=True)(agent.actor)
     target_entropy = -config.target_entropy_scale * env.action_size
-    gradient = jax.grad(crl.alpha_loss)(state.log_alpha, info["train/entropy"], target_entropy)
-    log_alpha, alpha_optimizer = step(config.alpha_lr, gradient, state.alpha_optimizer, state.log_alpha)
-    state = state._replace(
-        actor=parameters, actor_optimizer=optimizer, log_alpha=log_alpha, alpha_optimizer=alpha_optimizer,
-        updates=state.updates + 1,
-    )  # fmt: skip
-    return state, info
+    alpha_gradient = jax.grad(crl.alpha_loss)(agent.log_alpha, info["train/entropy"], target_entropy)
+    gradient = crl.Agent(gradient, None, alpha_gradient)
+    updates, optimizer = crl.make_optimizer(config).update(gradient, state.optimizer)
+    agent = optax.apply_updates(agent, updates)
+    return state._replace(agent=agent, optimizer=optimizer, gradient_steps=state.gradient_steps + 1), info
 
 
 def nine_passes(config, env, state, key):
     """crl.update as it was, where the actor's loss encodes the goals once more."""
     actor_loss = crl.actor_loss
 
-    def encode_again(actor, critic, psi, alpha, batch, *rest):
+    def encode_again(actor, agent, psi, batch, *rest):
         # behind a barrier, or XLA might find that it was computed already
-        psi = critic.encode_goal(jax.lax.optimization_barrier(batch.goal))
-        return actor_loss(actor, critic, psi, alpha, batch, *rest)
+        psi = agent.critic.encode_goal(jax.lax.optimization_barrier(batch.goal))
+        return actor_loss(actor, agent, psi, batch, *rest)
 
     with mock.patch.object(crl, "actor_loss", encode_again):
         return crl.update(config, env, state, key)
@@ -222,7 +216,8 @@ def products_alone(config, env, state, key):
         outputs = [trunk(w, x) for w, x in zip((*weights, fixed), inputs)]
         return sum(jnp.sum(y**2) for y in outputs)
 
-    weights = [net.blocks.layers.dense.weight for net in (state.actor, state.critic.phi, state.critic.psi)]
+    actor, (phi, psi), _ = state.agent
+    weights = [net.blocks.layers.dense.weight for net in (actor, phi, psi)]
     inputs = jax.random.normal(key, (4, config.batch_size, config.width))
     return state, jax.grad(loss, (0, 1))(weights, list(inputs))
 
@@ -292,11 +287,9 @@ def variant(name: str, **sizes):
 
 def gradients(name: str, state: crl.TrainState):
     """Adam's first moments of actor, phi and psi after a first step: a tenth of the gradients."""
-    moments = lambda optimizer: optax.tree_utils.tree_get(optimizer, "mu")
-    if isinstance(VARIANTS[name][0], Way):
-        return moments(state.actor_optimizer)
-    critic = moments(state.critic_optimizer)
-    return moments(state.actor_optimizer), critic.phi, critic.psi
+    moments = lambda part: optax.tree_utils.tree_get(state.optimizer.inner_states[part], "mu")
+    actor = moments("actor").actor
+    return actor if isinstance(VARIANTS[name][0], Way) else (actor, *moments("critic").critic)
 
 
 def check(name: str, state: crl.TrainState, reference: crl.TrainState) -> None:
@@ -322,7 +315,7 @@ def profile(setting: str, rounds: int, **sizes) -> list[dict]:
 
     def once(name):
         states[name], seen = programs[name](states[name], jax.random.key(1))
-        return states[name].updates, seen
+        return states[name].gradient_steps, seen
 
     seconds = measure.interleaved({name: partial(once, name) for name in VARIANTS}, rounds)
     for row in rows:

@@ -12,13 +12,14 @@ import json
 import sys
 from pathlib import Path
 
+import probe_embedding
 from runs import provenance, train
 
 RESULTS = Path(__file__).parent.parent / "results"
 SCRIPT = "cocoa.py"
 COMMON = (
     "--num_seeds 3 --total_env_steps 30000 --num_test_tasks 100 --prior_steps 80 --posterior_steps 0 --extra_steps 40 "
-    "--exploration_episodes 3 --eval_episodes 4 --probe --eval_every 30000"
+    "--exploration_episodes 3 --eval_episodes 4 --eval_every 30000"
 )
 CHOICES = {
     "PEARL": "--contrastive=false",
@@ -37,7 +38,7 @@ CHOICES = {
     "bilinear, temperature 1": "--similarity bilinear --temperature 1",
 }
 """CoCOA with the recipe's settings: window 6, weight 1, momentum 0.995, mahalanobis, temperature 100, query KL 0.1."""
-METRICS = ("eval/probe_r2", "eval/return_adapted", "train/contrastive_accuracy", "train/kl", "train/logit_range")
+METRICS = ("eval/return_adapted", "train/contrastive_accuracy", "train/kl", "train/logit_range")
 
 
 def measure(name: str, flags: str, folder: Path) -> list[dict]:
@@ -45,8 +46,13 @@ def measure(name: str, flags: str, folder: Path) -> list[dict]:
     train(f"{SCRIPT} {COMMON} {flags}".rstrip(), folder, name)
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
+    tells = probe_embedding.measure(folder)
     last = [row for row in rows if row["env_steps"] == rows[-1]["env_steps"]]
-    return [{"choice": name, "seed": row["seed"], **{key: row.get(key, "") for key in METRICS}} for row in last]
+    return [
+        {"choice": name, "seed": row["seed"], "eval/probe_r2": f"{tells[int(row['seed'])]:.9g}"}
+        | {key: row.get(key, "") for key in METRICS}
+        for row in last
+    ]
 
 
 def main(parent: str = "runs/cocoa_choices") -> None:

@@ -23,7 +23,7 @@ from scipy import stats
 
 import envs
 from algorithms import crl
-from shared import run
+from shared import evaluation, pictures, run
 
 RESULTS = Path(__file__).parent.parent / "results"
 PAGES = ("README.md", "envs/README.md", "algorithms/crl.md", "algorithms/ppo_ad.md", "algorithms/cocoa.md")
@@ -236,22 +236,23 @@ def draw_cocoa_choices() -> bytes:
 
 def draw_value_map() -> bytes:
     """The critic's values over the U for three goals, from results/point_u_maze.json."""
-    shown = pictures()
+    shown = what_pictures_show()
     maps = np.array(shown["maps"], float)
-    return saved(crl.draw_value_map, shown["goals"], shown["x"], shown["y"], maps)
+    return saved(pictures.draw_value_map, shown["goals"], shown["x"], shown["y"], maps)
 
 
 def draw_trajectories() -> bytes:
-    shown = pictures()
-    return saved(crl.draw_trajectories, np.array(shown["tracks"]), shown["track_goals"], shown["sampled"])
+    shown = what_pictures_show()
+    return saved(pictures.draw_trajectories, np.array(shown["tracks"]), shown["track_goals"], shown["sampled"])
 
 
-def pictures() -> dict:
+def what_pictures_show() -> dict:
+    """What experiments/runs.py published of the run point_u_maze."""
     return json.loads((RESULTS / "point_u_maze.json").read_text())
 
 
 def saved(draw, *data) -> bytes:
-    """What a function of crl.py that draws in the U puts into a file."""
+    """What a function of shared/pictures.py that draws in the U puts into a file."""
     file = io.BytesIO()
     draw(envs.make("point_u_maze"), *data, file)
     return file.getvalue()
@@ -271,12 +272,7 @@ def entry(values: np.ndarray, digits: int = 2) -> str:
     return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
-DEMO = {
-    "eval/success_any": "uniform goals, mean action (as the paper evaluates)",
-    "eval/sampled/success_any": "uniform goals, sampled action",
-    "eval/far/success_any": "far goals, mean action",
-    "eval/far/sampled/success_any": "far goals, sampled action",
-}
+DEMO = evaluation.SCORES.curves | {"eval/success_any": "uniform goals, mean action (as the paper evaluates)"}
 
 
 def demo_table(root: str) -> str:
@@ -285,7 +281,7 @@ def demo_table(root: str) -> str:
         [title, entry(last(curve, metric)), entry(last(curve, metric.replace("success_any", "time_at_goal")), 0)]
         for metric, title in DEMO.items()
     ]
-    config = crl.Config(**run.recipe_for("point_u_maze", crl.RECIPES))
+    config = run.configure(crl.Config, crl.RECIPES, crl.__doc__, [crl.__name__])
     header = [
         f"last evaluation, {config.num_eval_envs} episodes a seed", "episodes that reach their goal",
         f"steps at the goal, of {config.episode_length}",

@@ -28,7 +28,7 @@ import numpy as np
 import figures
 import measure
 from algorithms import crl
-from shared import run
+from shared import evaluation, pictures, run
 
 RESULTS = Path(__file__).parent.parent / "results"
 FOLDER = RESULTS.parent / "runs/published"
@@ -46,7 +46,7 @@ def _point_goal(flags: str = "") -> str:
 
 
 _PROBE = "--num_test_tasks 100 --prior_steps 80 --posterior_steps 0 --extra_steps 40 --exploration_episodes 3"
-_PROBE = f"cocoa.py --num_seeds 5 {_PROBE} --eval_episodes 4 --probe"
+_PROBE = f"cocoa.py --num_seeds 5 {_PROBE} --eval_episodes 4"
 
 RUNS = {
     "point_u_maze": "crl.py --num_seeds 5",
@@ -85,10 +85,12 @@ KEPT = ("train/return", "train/episode_length", "train/episodes", "train/score")
 
 
 def provenance(folder) -> dict:
-    """How the run in a folder was made: command, commit, versions and device."""
+    """How the run in a folder was made: command, commands that extended it if any, commit, versions and device."""
     made = json.loads((Path(folder) / "config.json").read_text())
-    made["command"] = re.sub(r" --run_dir[= ]\S+", "", made["command"])  # a path of one machine
-    return {key: made[key] for key in ("command", "commit", "versions", "device")}
+    bare = lambda command: re.sub(r" --(run_dir|resume)[= ]\S+", "", command)  # paths of one machine
+    kept = {key: made[key] for key in ("command", "extended", "commit", "versions", "device") if key in made}
+    kept["command"] = bare(kept["command"])
+    return kept | ({"extended": list(map(bare, made["extended"]))} if "extended" in made else {})
 
 
 def publish(name: str, folder) -> None:
@@ -108,16 +110,12 @@ def publish(name: str, folder) -> None:
 def publish_pictures(name: str, folder) -> None:
     """Writes what the pictures of a run of crl.py show, of its first seed, to results/NAME.json: the paths of eight
     episodes, and the critic's values for three goals."""
-    config = run.configure(crl.Config, crl.RECIPES, crl.__doc__, ["crl.py", "--resume", str(folder)])
-    env, far = crl.make_envs(config)
-    keys = jax.vmap(jax.random.key)(config.seed + jnp.arange(config.num_seeds))
-    shapes = jax.eval_shape(jax.vmap(partial(crl.init, config, env)), keys)
-    with run.Run(config, "crl") as log:
-        state, _ = log.restore(shapes)
-    state = jax.tree.map(lambda x: x[0], state._replace(replay=None))
-    states, sampled = crl.eight_episodes(config, env, far, state.actor)
-    goals = crl.three_goals(far or env)
-    x, y, maps = crl.value_map(config, env, state, jnp.asarray(goals))
+    config, env, agent = crl.load(folder)
+    _, far_env = evaluation.make_envs(config)
+    policy, key = partial(crl.policy, agent), run.evaluation_key(jax.random.key(config.seed))
+    states, sampled = pictures.eight_episodes(env, far_env, policy, config.episode_length, key)
+    goals = pictures.three_goals(far_env or env)
+    x, y, maps = pictures.value_map(env, partial(crl.value, config, agent), jnp.asarray(goals))
     rounded = lambda x: np.where(np.isnan(x), None, np.round(np.asarray(x, float), 3)).tolist()
     shown = {
         "made": provenance(folder),

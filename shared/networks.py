@@ -336,3 +336,8 @@ class SquashedGaussian(NamedTuple):
         log_normal = -0.5 * noise**2 - self.log_std - 0.5 * math.log(2 * math.pi)
         log_slope = 2 * (math.log(2) - x - jax.nn.softplus(-2 * x))
         return jnp.tanh(x), (log_normal - log_slope).sum(-1)
+
+
+def count_parameters(tree) -> int:
+    """Number of scalars in a PyTree of arrays (or of their shapes)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -52,6 +52,7 @@ from annotated_types import Ge, Gt, Interval
 from jaxtyping import Key
 
 import envs
+from shared.networks import count_parameters
 
 PACKAGES = (
     *("jax", "jaxlib", "equinox", "optax", "ott-jax", "brax", "mujoco", "mujoco-mjx", "craftax", "crafter", "numpy"),
@@ -490,8 +491,7 @@ class Run:
         for line in lines:
             self.print(line)
         for name, network in networks.items():
-            size = sum(leaf.size for leaf in jax.tree.leaves(network)) // config.num_seeds
-            self.print(f"{name:12s} {size:,} parameters")
+            self.print(f"{name:12s} {count_parameters(network) // config.num_seeds:,} parameters")
         self.print(f"device {device_name()}; matmul precision {config.matmul_precision}; {config.num_seeds} seed(s)")
 
     def restore(self, like):

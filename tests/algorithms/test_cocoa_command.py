@@ -2,12 +2,16 @@
 
 import re
 import signal
+from functools import partial
 
 import commands
+import jax
 import pytest
 from commands import Script, metrics
 
+import probe_embedding
 from algorithms import cocoa
+from shared import run
 
 SCRIPT = Script(cocoa)
 TINY = [
@@ -34,7 +38,7 @@ def cache(tmp_path_factory):
 def reference(tmp_path_factory, cache):
     """An uninterrupted run of 2 seeds: its parent folder, its flags and what it printed."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = [*TINY, "--num_seeds=2", "--total_env_steps=12000", "--probe"]
+    flags = [*TINY, "--num_seeds=2", "--total_env_steps=12000"]
     done = SCRIPT.run(*flags, f"--run_dir={folder / 'whole'}", cwd=folder, env=cache)
     return folder, flags, done
 
@@ -45,9 +49,10 @@ def test_prints_what_it_is_and_last_the_run_folder(reference):
     for words in (
         "recipe for point_goal",
         "CoCOA: PEARL with the contrastive loss",
-        "[0-9,]+ parameters; 6 train tasks, 4 test tasks",
+        "6 train tasks, 4 test tasks, by pure JAX",
+        "agent +[0-9,]+ parameters",
         "compiled learn",
-        "return adapted",
+        "return on test tasks: adapted -[0-9.]+; before adaptation -[0-9.]+",
     ):
         assert re.search(words, done.stdout), words
     assert "steps/s" in done.stderr and "left" in done.stderr
@@ -62,9 +67,63 @@ def test_metrics_are_those_of_two_different_seeds(reference):
     assert {row["seed"] for row in rows} == {"0", "1"}
     assert rows[0]["train/critic_loss"] != rows[1]["train/critic_loss"]
     last = rows[-2]
-    for name in ("eval/return_prior", "eval/return_adapted", "eval/probe_r2", "train/contrastive_loss"):
+    for name in ("eval/return_prior", "eval/return_adapted", "train/contrastive_loss"):
         assert float(last[name]) == float(last[name]), name
     assert -60 < float(last["eval/return_adapted"]) < 0
+
+
+def files(folder):
+    return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
+
+
+def test_a_loaded_agent_acts_as_in_the_run_and_loading_changes_no_file(reference):
+    folder = reference[0] / "whole"
+    before, rows = files(folder), metrics(folder)[-2:]
+    assert {int(row["seed"]) for row in rows} == {0, 1}
+    for row in rows:
+        config, family, agent = cocoa.load(str(folder), int(row["seed"]))
+        seed_key = jax.random.key(int(row["seed"]))
+        key = jax.random.fold_in(run.evaluation_key(seed_key), int(row["gradient_steps"]))
+        test_tasks = jax.jit(partial(cocoa.init, config, family))(seed_key).test_tasks
+        scores = jax.jit(partial(cocoa.evaluate, config, family))(agent, test_tasks, key)
+        for name, value in scores.items():
+            assert float(value) == pytest.approx(float(row[name]), rel=1e-5), name
+    assert files(folder) == before
+
+
+def test_the_probe_of_a_run_is_between_nothing_and_all(reference, capsys):
+    folder = reference[0] / "whole"
+    before = files(folder)
+    probe_embedding.main(["probe_embedding.py", str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" ")[0] for line in lines] == [f"{folder}  seed {seed}  R2" for seed in (0, 1)]
+    assert all(-3 < float(line.split()[-1]) <= 1 for line in lines)
+    assert files(folder) == before
+
+
+def test_a_finished_run_goes_on_to_more_steps_as_if_asked_for_them_at_once(tmp_path, cache):
+    flags = [*TINY, "--final_lr_fraction=1"]
+    first, each = 6 * 200, 3 * (40 + 40)
+    few, many = (f"--total_env_steps={first + iterations * each}" for iterations in (3, 6))
+    SCRIPT.run(*flags, few, f"--run_dir={tmp_path / 'extended'}", cwd=tmp_path, env=cache)
+    SCRIPT.run(f"--resume={tmp_path / 'extended'}", many, cwd=tmp_path, env=cache)
+    SCRIPT.run(*flags, many, f"--run_dir={tmp_path / 'whole'}", cwd=tmp_path, env=cache)
+    # the shorter run had an evaluation at its end
+    extended, whole = (
+        [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in metrics(tmp_path / name)]
+        for name in ("extended", "whole")
+    )
+    assert extended == whole and len(whole) == 6
+    assert metrics(tmp_path / "extended")[-1] == metrics(tmp_path / "whole")[-1]
+
+
+def test_a_finished_run_whose_learning_rate_fell_is_not_extended(reference):
+    folder = reference[0] / "whole"
+    before = files(folder)
+    done = SCRIPT.run(f"--resume={folder}", "--total_env_steps=20000", cwd=folder, code=2)
+    assert done.stdout == "" and done.stderr.count("\n") == 1
+    assert re.match(rf"error: the learning rates of the run in {folder} fall until step 12000", done.stderr)
+    assert files(folder) == before
 
 
 def test_killed_twice_and_resumed_it_ends_with_the_same_metrics(reference, cache):
@@ -100,7 +159,7 @@ PEARL = ENCODER + 2 * NETWORK(9, 1) + NETWORK(7, 4) + NETWORK(7, 1)
 def test_each_switch_changes_what_it_says(flag, what, parameters, present, absent, tmp_path, cache):
     flags = [*TINY, flag, "--total_env_steps=1300", f"--run_dir={tmp_path / 'run'}"]
     out = SCRIPT.run(*flags, cwd=tmp_path, env=cache).stdout
-    assert re.search(f"^{what}", out, re.MULTILINE) and f"{parameters:,} parameters" in out
+    assert re.search(f"^{what}", out, re.MULTILINE) and re.search(f"agent +{parameters:,} parameters", out)
     row = metrics(tmp_path / "run")[-1]
     assert row[present] and not any(name.startswith(absent) for name in row)
 

@@ -10,8 +10,9 @@ import pytest
 import scipy.special
 
 from algorithms import cocoa
-from envs import State, TaskFamily
+from envs import TaskFamily, TaskState
 from envs.point import PointGoal
+from shared import run
 
 
 def trained(config, family, number=None):
@@ -21,7 +22,7 @@ def trained(config, family, number=None):
 
     iteration = lambda state: cocoa.learn(config, family, cocoa.collect(config, family, state))[0]
     iteration = jax.jit(iteration, donate_argnums=0).lower(state).compile()
-    for _ in range(number or cocoa.iterations(config, family)):
+    for _ in range(number or cocoa.total_updates(config) // config.updates_per_iteration):
         state = iteration(state)
     return state
 
@@ -39,16 +40,16 @@ class Silent(TaskFamily):
     observation_size, action_size, task_size, oracle_size = 2, 1, 1, 1
     num_train_tasks, num_test_tasks = 32, 16
 
-    def sample_goal(self, key):
+    def sample_task(self, key):
         return jax.random.uniform(key, (1,), minval=-1.0, maxval=1.0)
 
     def reset(self, key):
-        return State(key, jnp.zeros(2), self.sample_goal(key), jnp.zeros(()), jnp.zeros((), bool))
+        return TaskState(key, jnp.zeros(2), self.sample_task(key), jnp.zeros(()), jnp.zeros((), bool))
 
     def step(self, state, action):
         key, noise_key = jax.random.split(state.physics)
         noise = jax.random.normal(noise_key, (2,))
-        observation = jnp.stack([state.goal[0] + 0.1 * noise[0], noise[1]])
+        observation = jnp.stack([state.task[0] + 0.1 * noise[0], noise[1]])
         return state._replace(physics=key, observation=observation)
 
     def render(self, states, stem):
@@ -57,13 +58,12 @@ class Silent(TaskFamily):
 
 def held_out_info_nce(config, family, agent, tasks):
     """By NumPy and SciPy: the loss of telling which of two trajectories in each test task are of one task."""
-    belief = cocoa.prior(len(tasks), config.latent_size)
+    prior = cocoa.prior(len(tasks), config.latent_size)
     play = jax.jit(partial(cocoa.unroll, config, family))
     halves = []
     for seed in (1, 2):
-        told = jax.vmap(family.oracle)(tasks)
-        rows, _ = play(agent.policy, belief, told, tasks, jax.random.key(seed))
-        context = cocoa.transition(config, rows)[:, : cocoa.window(config)]
+        transitions, _ = play(agent, prior, tasks, jax.random.key(seed))
+        context = cocoa.context_row(config, transitions)[:, : config.window]
         halves.append(jax.tree.map(np.asarray, cocoa.embed(agent.model.encoder, context)))
     (m1, v1), (m2, v2) = halves
     variance = (v1[:, None] + v2) / 2 + 1e-3
@@ -94,6 +94,7 @@ def test_contrast_embeds_what_the_rewards_do_not_ask_for():
     )
 
     def loss(config):
+        config = cocoa.settle(config, family)
         state = trained(config, family, 3)
         return held_out_info_nce(config, family, state.agent, state.test_tasks)
 
@@ -122,10 +123,10 @@ def test_an_agent_finds_held_out_goals_after_it_has_met_them():
     the contrastive loss is for is tested above.
     """
     family = PointGoal()
-    config = cocoa.Config(**{**cocoa.RECIPES["*point_goal"], "total_env_steps": 30_000, "eval_repeats": 20})
+    argv = ["cocoa.py", "--total_env_steps=30_000", "--eval_repeats=20"]
+    config = cocoa.settle(run.configure(cocoa.Config, cocoa.RECIPES, "", argv), family)
     state = trained(config, family)
-    key = jax.random.key(3)
-    info = jax.jit(partial(cocoa.evaluate, config, family))(state.agent, state.train_tasks, state.test_tasks, key)
+    info = jax.jit(partial(cocoa.evaluate, config, family))(state.agent, state.test_tasks, jax.random.key(3))
 
     rng = np.random.default_rng(0)
     goals = np.tile(np.asarray(state.test_tasks), (500, 1))

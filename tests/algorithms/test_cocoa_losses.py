@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-import envs
 from algorithms import cocoa
 from algorithms.cocoa import Gaussian
+from envs.point import PointGoal
+from shared import run
 
 KINDS = ("mahalanobis", "bhattacharyya", "wasserstein", "bilinear")
 TASKS, ROWS, LATENT = 3, 7, 4
@@ -19,13 +21,14 @@ TASKS, ROWS, LATENT = 3, 7, 4
 
 @pytest.fixture(scope="module")
 def family():
-    return envs.make("point_goal")
+    return PointGoal()
 
 
 def small(**options):
-    recipe = {**cocoa.RECIPES["*point_goal"], "width": 8, "encoder_width": 8, "latent_size": LATENT}
-    recipe |= {"meta_batch": TASKS, "batch_size": 5, "context_size": ROWS, "num_trajectories": 4, "replay_size": 6400}
-    return cocoa.Config(**{**recipe, "num_train_tasks": 6, "tasks_per_iteration": 4, **options})
+    flags = {"width": 8, "encoder_width": 8, "latent_size": LATENT, "num_train_tasks": 6, "tasks_per_iteration": 4}
+    flags |= {"meta_batch": TASKS, "batch_size": 5, "context_size": ROWS, "num_trajectories": 4, "replay_size": 6400}
+    argv = ["cocoa.py", *(f"--{name}={value}" for name, value in (flags | options).items())]
+    return cocoa.settle(run.configure(cocoa.Config, cocoa.RECIPES, "", argv), PointGoal())
 
 
 def numpy_mlp(layers, x):
@@ -180,10 +183,11 @@ def data(config, family, seed=0):
     state = state._replace(agent=jax.tree.map(noisy, state.agent))
     batch = jax.jit(lambda state: cocoa.sample(config, state, jax.random.key(seed + 1)))(state)
     # here no point is paid otherwise in training, and none ends
-    shape = batch.rows.reward.shape
+    shape = batch.transitions.reward.shape
     training_reward = jnp.asarray(rng.normal(size=shape), jnp.float32)
     terminated = jnp.asarray(rng.integers(2, size=shape), jnp.float32)
-    return state, batch._replace(rows=batch.rows._replace(training_reward=training_reward, terminated=terminated))
+    transitions = batch.transitions._replace(training_reward=training_reward, terminated=terminated)
+    return state, batch._replace(transitions=transitions)
 
 
 def numpy_loss(config, agent, batch, noise, target_value=None):
@@ -206,7 +210,7 @@ def numpy_loss(config, agent, batch, noise, target_value=None):
         z = mean + np.sqrt(variance) * noise[task]
         bottleneck += kl(mean, variance)
         for i in range(config.batch_size):
-            row = entry(batch.rows, task, i)
+            row = entry(batch.transitions, task, i)
             fixed_z = z if target_value is None else target_value[task]
             future = numpy_mlp(agent.target_value.layers, np.concatenate([row.next_observation, fixed_z]))[0]
             target = config.reward_scale * row.training_reward + (1 - row.terminated) * config.discount * future
@@ -248,10 +252,10 @@ def test_model_loss_and_its_gradient_equal_numpy_and_finite_differences(family, 
     config = small(contrastive_weight=0.7, contrastive_kl_weight=0.3, **options)
     state, batch = data(config, family)
     key = jax.random.key(5)
-    told = jnp.zeros((TASKS, 2))
+    oracle = jnp.zeros((TASKS, 2))
     noise = np.asarray(jax.random.normal(key, (TASKS, LATENT)), float)
     (loss, (z, _)), gradient = jax.value_and_grad(cocoa.model_loss, has_aux=True)(
-        state.agent.model, state.agent, told, batch, key, config
+        state.agent.model, state.agent, oracle, batch, key, config
     )
     np.testing.assert_allclose(loss, numpy_loss(config, state.agent, batch, noise), rtol=1e-4)
     fixed = np.asarray(z, float).reshape(TASKS, -1, LATENT)[:, 0]
@@ -277,17 +281,17 @@ def test_model_loss_and_its_gradient_equal_numpy_and_finite_differences(family, 
         np.testing.assert_allclose(ours, slope(where, position), rtol=2e-3, atol=1e-5)
 
 
-def test_policy_and_value_losses_equal_numpy(family):
+def test_actor_and_value_losses_equal_numpy(family):
     config = small()
     state, batch = data(config, family)
     agent, key = state.agent, jax.random.key(3)
-    observation = cocoa.flatten(batch.rows.observation)
+    observation = cocoa.flatten(batch.transitions.observation)
     z = jax.random.normal(jax.random.key(4), (len(observation), LATENT))
-    loss, (soft_value, _) = cocoa.policy_loss(agent.policy, agent.model.critics, observation, z, key)
+    loss, (soft_value, _) = cocoa.actor_loss(agent.actor, agent, observation, z, key)
     noise = np.asarray(jax.random.normal(key, (len(observation), 2)), float)
     total, means, log_stds, exact = [], [], [], []
     for i in range(len(observation)):
-        output = numpy_mlp(agent.policy.layers, np.concatenate([observation[i], z[i]]).astype(float))
+        output = numpy_mlp(agent.actor.layers, np.concatenate([observation[i], z[i]]).astype(float))
         mean, log_std = output[:2], np.clip(output[2:], -20, 2)
         raw = mean + np.exp(log_std) * noise[i]
         log_prob = np.sum(stats.norm.logpdf(raw, mean, np.exp(log_std)) - np.log(1 - np.tanh(raw) ** 2))
@@ -312,11 +316,11 @@ def test_which_loss_reaches_which_network(family):
     """The table of the fact sheet, section 1.4; each weight alone."""
     config = small(kl_weight=0.0, contrastive_weight=0.0, contrastive_kl_weight=0.0)
     state, batch = data(config, family)
-    told, key = jnp.zeros((TASKS, 2)), jax.random.key(0)
+    oracle, key = jnp.zeros((TASKS, 2)), jax.random.key(0)
 
     def reach(config):
         def loss(agent):
-            return cocoa.model_loss(agent.model, agent, told, batch, key, config)[0]
+            return cocoa.model_loss(agent.model, agent, oracle, batch, key, config)[0]
 
         return jax.grad(loss)(state.agent)
 
@@ -328,7 +332,7 @@ def test_which_loss_reaches_which_network(family):
         differs = jax.tree.map(lambda a, b: a - b, more, critics_only)
         assert largest(differs.model.encoder) > 0, name
         assert largest(differs._replace(model=differs.model._replace(encoder=None))) == 0, name
-        assert largest(more.key_encoder) == 0 and largest(more.policy) == 0 and largest(more.value) == 0
+        assert largest(more.key_encoder) == 0 and largest(more.actor) == 0 and largest(more.value) == 0
 
 
 def test_one_update_is_adam_on_each_loss_in_turn(family):
@@ -338,48 +342,48 @@ def test_one_update_is_adam_on_each_loss_in_turn(family):
     after, _ = jax.jit(lambda s: cocoa.update(config, family, s, key))(state)
     batch_key, z_key, action_key = jax.random.split(key, 3)
     batch = cocoa.sample(config, state, batch_key)
-    agent, told = state.agent, jnp.zeros((TASKS, 2))
+    agent, oracle = state.agent, jnp.zeros((TASKS, 2))
 
     def first_adam(parameters, gradient):  # Adam's first step is the sign of the gradient
         step = lambda p, g: p - config.learning_rate * g / (jnp.abs(g) + 1e-8)
         return jax.tree.map(step, parameters, gradient)
 
-    gradient, (z, _) = jax.grad(cocoa.model_loss, has_aux=True)(agent.model, agent, told, batch, z_key, config)
+    gradient, (z, _) = jax.grad(cocoa.model_loss, has_aux=True)(agent.model, agent, oracle, batch, z_key, config)
     model = first_adam(agent.model, gradient)
-    observation = cocoa.flatten(batch.rows.observation)
-    gradient, (soft, _) = jax.grad(cocoa.policy_loss, has_aux=True)(
-        agent.policy, model.critics, observation, z, action_key
-    )
-    policy = first_adam(agent.policy, gradient)
+    observation = cocoa.flatten(batch.transitions.observation)
+    stepped = agent._replace(model=model)
+    gradient, (soft, _) = jax.grad(cocoa.actor_loss, has_aux=True)(agent.actor, stepped, observation, z, action_key)
+    actor = first_adam(agent.actor, gradient)
     value = first_adam(agent.value, jax.grad(cocoa.value_loss)(agent.value, observation, z, soft))
     mixed = lambda rate, old, new: jax.tree.map(lambda a, b: a + rate * (b - a), old, new)
     target = mixed(config.target_rate, agent.target_value, value)
     key_encoder = mixed(1 - config.momentum, agent.key_encoder, model.encoder)
-    expected = cocoa.Agent(model, policy, value, target, key_encoder)
-    compare = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * config.learning_rate)
-    jax.tree.map(compare, after.agent, expected)
+    expected = cocoa.Agent(model, actor, value, target, key_encoder)
+    chex.assert_trees_all_close(after.agent, expected, rtol=1e-4, atol=1e-4 * config.learning_rate)
 
 
 def test_the_key_encoder_starts_as_the_encoder_and_lags_behind(family):
     config = small()
     state = cocoa.init(config, family, jax.random.key(0))
-    jax.tree.map(np.testing.assert_array_equal, state.agent.key_encoder, state.agent.model.encoder)
+    chex.assert_trees_all_equal(state.agent.key_encoder, state.agent.model.encoder)
     state = cocoa.fill(config, family, state)
     after, _ = jax.jit(lambda s: cocoa.learn(config, family, s))(state)
     moved = lambda tree: largest(jax.tree.map(lambda a, b: a - b, tree, state.agent.model.encoder))
     assert 0 < moved(after.agent.key_encoder) < moved(after.agent.model.encoder)
+    assert int(after.gradient_steps) == config.updates_per_iteration
+    assert int(after.env_steps) == int(state.env_steps)
 
 
 def test_initial_weights_are_those_of_rlkit(family):
     config = small(width=50, encoder_width=20)
     agent = cocoa.make_agent(config, family, jax.random.key(0))
-    for network, width, final in ((agent.model.encoder, 20, 3e-3), (agent.policy, 50, 1e-3), (agent.value, 50, 3e-3)):
+    for network, width, final in ((agent.model.encoder, 20, 3e-3), (agent.actor, 50, 1e-3), (agent.value, 50, 3e-3)):
         *hidden, last = network.layers
         for layer in hidden:
             assert 0.8 / np.sqrt(width) < float(jnp.abs(layer.weight).max()) <= 1 / np.sqrt(width) + 1e-6
             np.testing.assert_allclose(layer.bias, 0.1)
         assert 0.5 * final < float(jnp.abs(last.weight).max()) <= final * 1.0001
         assert float(jnp.abs(last.bias).max()) <= final
-    jax.tree.map(np.testing.assert_array_equal, agent.value, agent.target_value)
+    chex.assert_trees_all_equal(agent.value, agent.target_value)
     first, second = (entry(agent.model.critics, i) for i in range(2))
     assert largest(jax.tree.map(lambda a, b: a - b, first, second)) > 0.01

@@ -15,9 +15,9 @@ import pytest
 from stubs import Sizes
 
 from algorithms import crl
-from envs.base import Env, State
+from envs import GoalEnv, GoalState
+from shared import pictures
 from shared import replay as buffer
-from shared import run
 
 SCRIPT = Path(crl.__file__)
 
@@ -49,13 +49,13 @@ def test_critic_recovers_the_discounted_occupancy_of_a_chain():
     )
 
     one_hot, one_hot_action = np.eye(size, dtype=np.float32), np.eye(2, dtype=np.float32)
-    rows = crl.Row(one_hot[states[:-1]], one_hot_action[actions], one_hot[states[1:]])
+    rows = crl.Transition(one_hot[states[:-1]], one_hot_action[actions], one_hot[states[1:]])
     replay = buffer.init(jax.tree.map(lambda x: jnp.zeros(x.shape[2:]), rows), time, num_envs)
     replay = buffer.add(replay, jax.tree.map(jnp.array, rows), jnp.zeros((time, num_envs), bool))
 
     chain = Sizes(size, 2, size)
     config = crl.Config(width=32, batch_size=256, discount=discount, energy="dot", representation_size=16)
-    _, critic = crl.make_networks(config, chain, jax.random.key(0))
+    critic = crl.make_agent(config, chain, jax.random.key(0)).critic
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, 1500, 0.01))
 
     def step(carry, key):
@@ -78,7 +78,7 @@ def test_critic_recovers_the_discounted_occupancy_of_a_chain():
     assert np.abs(marginal / marginal.sum() - occupancy).sum(-1).max() / 2 > 0.3
 
 
-class Line(Env):
+class Line(GoalEnv):
     """A robot on a line starts at 0; its goal is at -1 or 1 and a step moves it by at most 0.25."""
 
     name = "line"
@@ -88,7 +88,7 @@ class Line(Env):
 
     def _state(self, x, goal):
         reached = (jnp.abs(x - goal) < self.success_radius)[0]
-        return State(x, x, goal, reached.astype(jnp.float32), jnp.zeros((), bool))
+        return GoalState(x, x, goal, reached.astype(jnp.float32), jnp.zeros((), bool))
 
     def reset(self, key):
         return self._state(jnp.zeros(1), self.sample_goal(key))
@@ -121,9 +121,9 @@ def test_probe_every_loss_learns_to_walk_along_a_line(setting):
         state = chunk(state)
     x = jnp.array([[-0.8], [0.0], [0.8], [0.8], [0.0], [-0.8]])
     goal = jnp.array([[1.0]] * 3 + [[-1.0]] * 3)
-    action = np.asarray(crl.policy(state.actor, x, goal).mode())[:, 0]
+    action = np.asarray(crl.policy(state.agent, x, goal).mode())[:, 0]
     assert (action[[0, 1]] > 0.2).all() and (action[[3, 4]] < -0.2).all(), action
-    scores = jax.jit(lambda s: crl.evaluate(config, env, None, s.actor, jax.random.key(1)))(state)
+    scores = jax.jit(lambda s: crl.evaluate(config, env, None, s.agent, jax.random.key(1)))(state)
     assert scores["eval/success_any"] == 1
 
 
@@ -135,11 +135,11 @@ def test_evaluation_counts_steps_until_a_fall():
 
         def step(self, state, action):
             t = state.physics + 1
-            return State(t, t, jnp.where((t <= 3) | (t > 6), t, t + 5), jnp.zeros(()), (t == 5)[0])
+            return GoalState(t, t, jnp.where((t <= 3) | (t > 6), t, t + 5), jnp.zeros(()), (t == 5)[0])
 
     config = crl.Config(episode_length=10, num_eval_envs=3, width=8)
-    actor, _ = crl.make_networks(config, Faller(), jax.random.key(0))
-    scores = crl.evaluate(config, Faller(), None, actor, jax.random.key(0))
+    agent = crl.make_agent(config, Faller(), jax.random.key(0))
+    scores = crl.evaluate(config, Faller(), None, agent, jax.random.key(0))
     for kind in ("", "sampled/"):
         assert scores[f"eval/{kind}time_at_goal"] == 3
         assert scores[f"eval/{kind}time_at_goal_easy"] == 5
@@ -169,12 +169,8 @@ def test_a_goal_that_is_switched_during_collection_is_switched_by_the_environmen
 def assert_value_follows_the_corridor(folder):
     """For the goal at the far end (3, 1), the turn at (2, 3), 3 cells before it on the path, is worth more than the
     start at (1, 1), 6 cells before it, although the start is nearer as the crow flies."""
-    config = run.configure(crl.Config, crl.RECIPES, "", ["crl.py", f"--resume={folder}"])
-    env, _ = crl.make_envs(config)
-    shapes = jax.eval_shape(jax.vmap(partial(crl.init, config, env)), jax.vmap(jax.random.key)(jnp.arange(1)))
-    with run.Run(config, "crl") as log:
-        state, _ = log.restore(shapes)
-    x, y, (values,) = crl.value_map(config, env, jax.tree.map(lambda x: x[0], state), jnp.array([[3.0, 1.0]]))
+    config, env, agent = crl.load(folder)
+    x, y, (values,) = pictures.value_map(env, partial(crl.value, config, agent), jnp.array([[3.0, 1.0]]))
 
     def cell(i, j):
         return values[np.ix_(np.abs(y - j) < 0.3, np.abs(x - i) < 0.3)].mean()

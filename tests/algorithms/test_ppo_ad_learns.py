@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from algorithms import ppo_ad
-from envs import AchievementEnv, State, minicraft
+from envs import AchievementEnv, AchievementState, minicraft
 from shared import run
 
 SMALL = dict(dense_size=16, latent_size=16, learning_rate=3e-3, num_minibatches=2, num_envs=16, discount=0.9)
@@ -60,7 +60,7 @@ class Probe(AchievementEnv):
         seen = jnp.where(time == min(self.blank, 1), 2.0 * cue - 1, 0.0)
         observation = jnp.stack([seen, time == 0, time == 1, time >= 2]).astype(jnp.float32)
         unlocked = (time > 0) & (jnp.arange(2) == cue)
-        return State((cue, time), observation, jnp.zeros(0), reward, time > self.blank, unlocked)
+        return AchievementState((cue, time), observation, reward, time > self.blank, unlocked)
 
     def render(self, states, stem):
         raise NotImplementedError
@@ -96,7 +96,7 @@ def test_the_memory_tells_what_was_unlocked_before(memory, lowest, highest):
 # ---- minicraft ----------------------------------------------------------------------------------------------------
 
 
-CONFIG = ppo_ad.Config(num_seeds=3, **ppo_ad.RECIPES["minicraft"])
+CONFIG = run.configure(ppo_ad.Config, ppo_ad.RECIPES, "", ["ppo_ad.py", "--num_seeds=3"])
 ROLLOUTS = -(-CONFIG.total_env_steps // ppo_ad.rollout_steps(CONFIG))
 
 

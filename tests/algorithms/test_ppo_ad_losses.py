@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from algorithms import ppo_ad
-from envs.base import AchievementEnv, State
+from envs import AchievementEnv, AchievementState
 
 FEATURES, ACTIONS, LATENT = 5, 3, 12
 
@@ -28,7 +28,7 @@ class Blank(AchievementEnv):
     def reset(self, key):
         bits = jnp.zeros(len(self.achievement_names), bool)
         observation = jnp.zeros(self.observation_shape)
-        return State((), observation, jnp.zeros(0), jnp.zeros(()), jnp.zeros((), bool), bits)
+        return AchievementState((), observation, jnp.zeros(()), jnp.zeros((), bool), bits)
 
     def step(self, state, action):
         return state

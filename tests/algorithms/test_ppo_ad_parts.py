@@ -34,6 +34,7 @@ from test_ppo_ad_losses import (
 )
 
 from algorithms import ppo_ad
+from envs import AchievementState
 from shared.networks import count_parameters
 
 ACHIEVEMENTS, FEATURES = 4, 5
@@ -135,7 +136,7 @@ class Scripted(Blank):
         return self.state(after, bits, reward.astype(jnp.float32), script.clock == script.end)
 
     def state(self, script, bits, reward, terminated):
-        return ppo_ad.envs.State(script, look(script.key, script.clock), jnp.zeros(0), reward, terminated, bits)
+        return AchievementState(script, look(script.key, script.clock), reward, terminated, bits)
 
 
 def look(key, clock):
@@ -160,7 +161,7 @@ SCRIPTS = (
 def make_state(config, seed, acting=None):
     """A state before the first step, with random weights."""
     agent = random_agent(config, seed, Scripted())
-    cold = jax.eval_shape(ppo_ad.adam(config).init, agent)
+    cold = jax.eval_shape(ppo_ad.make_optimizer(config).init, agent)
     optimizers = [warm(cold, seed + i) for i in range(3)]
     scores = ppo_ad.Scores(jnp.array(0), jnp.zeros(ACHIEVEMENTS, jnp.int32))
     shape = config.num_envs, config.auxiliary_every * config.unroll_length
@@ -172,8 +173,8 @@ def make_state(config, seed, acting=None):
         first=jnp.zeros(shape, bool),
         unlocked=jnp.zeros(shape, bool),
     )
-    key = jax.random.key(seed + 1)
-    return ppo_ad.TrainState(agent, NORMALISER, *optimizers, acting, window, scores, jnp.array(0), key)
+    zero, key = jnp.array(0), jax.random.key(seed + 1)
+    return ppo_ad.TrainState(agent, NORMALISER, *optimizers, acting, window, scores, zero, zero, key)
 
 
 def warm(optimizer, seed):
@@ -471,8 +472,9 @@ def test_rollouts_join_the_window_in_order(learned):
             returns = slow_returns(recorded, i)[1]
             np.testing.assert_allclose(window.returns[:, i * STEPS : (i + 1) * STEPS], returns.T, rtol=1e-4, atol=1e-5)
         assert not window.observation[:, STEPS * count :].any()
-        assert state.rollouts == count
-    full = ppo_ad.extend(ACTING, states[-1].window, jnp.array(3), jax.tree.map(lambda x: x[:STEPS], steps), returns)
+        assert (state.env_steps, state.ppo_steps) == (count * ENVS * STEPS, count * 8)
+    third = jnp.array(3 * ENVS * STEPS)
+    full = ppo_ad.extend(ACTING, states[-1].window, third, jax.tree.map(lambda x: x[:STEPS], steps), returns)
     np.testing.assert_array_equal(full.returns[:, :STEPS], returns.T.astype(np.float32))
     second = slice(STEPS, 2 * STEPS)
     np.testing.assert_array_equal(full.observation[:, second], steps.observation[second].swapaxes(0, 1))
@@ -508,12 +510,13 @@ def test_the_step_budget_cuts_the_scores():
     state = ppo_ad.TrainState(**dict.fromkeys(ppo_ad.TrainState._fields))
     state = state._replace(scores=ppo_ad.Scores(jnp.array(0), jnp.zeros(ACHIEVEMENTS, jnp.int32)))
     for rollout, expected in enumerate((10, 20, 24)):
-        scores, info = ppo_ad.score_episodes(config, state._replace(rollouts=jnp.array(rollout)), steps)
+        state = state._replace(env_steps=jnp.array(10 * rollout))
+        scores, info = ppo_ad.score_episodes(config, state, steps)
         assert scores.episodes == expected
         np.testing.assert_array_equal(scores.successes, [expected, expected, 0, expected])
         np.testing.assert_allclose(info["train/score"], 101 ** (3 / 4) - 1, rtol=1e-4)
         state = state._replace(scores=scores)
-    none = ppo_ad.score_episodes(config, state._replace(rollouts=jnp.array(3)), steps)[1]
+    none = ppo_ad.score_episodes(config, state._replace(env_steps=jnp.array(30)), steps)[1]
     assert np.isnan(none["train/return"]) and none["train/episodes"] == 24
 
 

@@ -5,11 +5,10 @@ import re
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from algorithms import cocoa, crl, ppo_ad
-from shared import run
+from shared import evaluation, run
 
 BAD_INPUT = {
     crl: [
@@ -129,19 +128,28 @@ def test_bad_input_is_one_line_before_any_compilation(script, flags, message, ca
     assert not list(tmp_path.iterdir()), "a refused command leaves nothing behind"
 
 
+def configured(script, *flags):
+    return run.configure(script.Config, script.RECIPES, script.__doc__, [script.__name__, *flags])
+
+
 def crl_metrics() -> list[str]:
-    config = crl.Config(**crl.RECIPES["point_*"])
-    env, far = crl.make_envs(config)
+    config = configured(crl)
+    env, far_env = evaluation.make_envs(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: crl.init(config, env, key), key)
     train = jax.eval_shape(lambda state: crl.learn(config, env, state), state)[1]
-    scores = jax.eval_shape(lambda a, k: crl.evaluate(config, env, far, a, k), state.actor, key)
-    return [*train, *scores, "env_steps", "gradient_steps"]
+    scores = jax.eval_shape(lambda a, k: crl.evaluate(config, env, far_env, a, k), state.agent, key)
+    return [*train, *scores, *step_counts(state)]
+
+
+def step_counts(state) -> list[str]:
+    return [name for name in state._fields if name.endswith("_steps")]
 
 
 def ppo_ad_metrics() -> list[str]:
-    config = ppo_ad.Config(**ppo_ad.RECIPES["minicraft"], probe=True)
-    vector = ppo_ad.make_env(config).vectorise(config.num_envs, config.episode_length)
+    config = configured(ppo_ad, "--probe")
+    env = run.make_env(config.env, ppo_ad.AchievementEnv, config.env_options)
+    vector = env.vectorise(config.num_envs, config.episode_length)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: ppo_ad.init(config, vector, key), key)
 
@@ -150,22 +158,22 @@ def ppo_ad_metrics() -> list[str]:
         state, info = ppo_ad.learn(config, state, acting, rollout)
         return info | ppo_ad.distil(config, state)[1] | ppo_ad.evaluate(config, vector, state.agent, key)
 
-    names = [*jax.eval_shape(chunk, state, key), *ppo_ad.count(config, state._replace(rollouts=jnp.zeros(1, int)))]
+    names = [*jax.eval_shape(chunk, state, key), *step_counts(state)]
     return [re.sub("success/.*", "success/<achievement>", name) for name in names]
 
 
 def cocoa_metrics() -> list[str]:
-    def shapes(**options):
-        config = cocoa.Config(**cocoa.RECIPES["*point_goal"], probe=True, **options)
-        family = cocoa.make_family(config)
+    def shapes(*flags):
+        config = configured(cocoa, *flags)
+        family = run.make_env(config.env, cocoa.TaskFamily, config.env_options)
+        config = cocoa.settle(config, family)
         key = jax.eval_shape(lambda: jax.random.key(0))
         state = jax.eval_shape(lambda key: cocoa.init(config, family, key), key)
         train = jax.eval_shape(lambda state: cocoa.learn(config, family, state), state)[1]
-        score = lambda s, k: cocoa.evaluate(config, family, s.agent, s.train_tasks, s.test_tasks, k)
-        steps = cocoa.count(config, family, state._replace(iterations=jnp.zeros(1, int)))
-        return [*train, *jax.eval_shape(score, state, key), *steps]
+        score = lambda s, k: cocoa.evaluate(config, family, s.agent, s.test_tasks, k)
+        return [*train, *jax.eval_shape(score, state, key), *step_counts(state)]
 
-    return [*shapes(), *shapes(context="oracle")]
+    return [*shapes(), *shapes("--context=oracle")]
 
 
 METRICS = {crl: crl_metrics, ppo_ad: ppo_ad_metrics, cocoa: cocoa_metrics}
@@ -180,17 +188,22 @@ def test_every_field_has_a_docstring(script):
 
 @pytest.mark.parametrize(("script", "field"), FIELDS)
 def test_every_field_is_read_by_the_program(script, field):
-    """Not counting the functions that only check or print the settings."""
-    source = Path(script.__file__).read_text() + Path(run.__file__).read_text()
-    for function in ("check", "describe"):
-        source = re.sub(rf"^def {function}\(.*?(?=^\S)", "", source, flags=re.DOTALL | re.MULTILINE)
-    assert re.search(rf"config\.{field}\b", source)
+    """Not counting the function that only checks the settings."""
+    source = "".join(Path(module.__file__).read_text() for module in (script, run, evaluation))
+    source = re.sub(r"^def check\(.*?(?=^\S)", "", source, flags=re.DOTALL | re.MULTILINE)
+    assert re.search(rf"config\.{field}\b", source) or field.removesuffix("_steps") in PHASES
+
+
+PHASES = ("initial", "prior", "posterior", "extra")
+"""cocoa.py reads `initial_steps` and so on by their names."""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_recipe_names_fields(script):
-    for recipe in script.RECIPES.values():
-        assert set(recipe) <= {field.name for field in dataclasses.fields(script.Config)}
+def test_every_recipe_is_flags_and_its_values_lie_in_their_ranges(script):
+    for pattern, recipe in script.RECIPES.items():
+        settings = run.recipe_for(script.Config, pattern.replace("*", "x"), script.RECIPES)
+        assert settings and len(settings) <= len({field.name for field in dataclasses.fields(script.Config)})
+        configured(script, *recipe.split())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

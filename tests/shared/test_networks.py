@@ -2,6 +2,7 @@
 
 import time
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from shared.networks import (
     ResidualMLP,
     SquashedGaussian,
     count_parameters,
+    over_batch,
     unit_weights,
 )
 
@@ -90,8 +92,7 @@ def test_scan_equals_unrolled_loop(depth, options):
 def test_parameter_counts_are_the_papers(depth, expected):
     """Humanoid: 268 state entries, 17 actions, 3 goal entries (fact sheet 1.1)."""
     config = crl.Config(depth=depth)
-    shapes = jax.eval_shape(lambda: crl.make_networks(config, Sizes(268, 17, 3), jax.random.key(0)))
-    actor, critic = shapes
+    actor, critic, _ = jax.eval_shape(lambda: crl.make_agent(config, Sizes(268, 17, 3), jax.random.key(0)))
     assert (count_parameters(actor), count_parameters(critic.phi), count_parameters(critic.psi)) == expected
 
 
@@ -150,22 +151,31 @@ def test_compile_time_does_not_grow_with_depth():
     def seconds(depth):
         config = crl.Config(depth=depth, batch_size=256)
 
-        def gradients(actor, critic, batch, key):
-            critic_gradient, (psi, _) = jax.grad(crl.critic_loss, has_aux=True)(critic, batch, config)
-            inputs = critic, psi, jnp.ones(()), batch, key, config
-            return critic_gradient, jax.grad(crl.actor_loss, has_aux=True)(actor, *inputs)
+        def gradients(agent, batch, key):
+            critic_gradient, (psi, _) = jax.grad(crl.critic_loss, has_aux=True)(agent.critic, batch, config)
+            return critic_gradient, jax.grad(crl.actor_loss, has_aux=True)(agent.actor, agent, psi, batch, key, config)
 
-        actor, critic = jax.eval_shape(lambda: crl.make_networks(config, Sizes(29, 8, 2), jax.random.key(0)))
+        agent = jax.eval_shape(lambda: crl.make_agent(config, Sizes(29, 8, 2), jax.random.key(0)))
         batch = crl.Batch(*(jax.ShapeDtypeStruct((256, n), jnp.float32) for n in (29, 8, 2)))
         key = jax.eval_shape(lambda: jax.random.key(0))
         start = time.perf_counter()
-        jax.jit(gradients).lower(actor, critic, batch, key).compile()
+        jax.jit(gradients).lower(agent, batch, key).compile()
         return time.perf_counter() - start
 
     seconds(4)  # warms up tracing
     shallow, deep = seconds(16), seconds(1024)
     assert deep < 30
     assert deep < 3 * shallow
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
+def test_a_network_of_one_example_takes_a_batch_of_any_shape(shape):
+    network = make(4)
+    x = jax.random.normal(jax.random.key(2), shape)
+    y = over_batch(network, x)
+    chex.assert_shape(y, (*shape[:-1], 3))
+    for index in np.ndindex(shape[:-1]):
+        np.testing.assert_allclose(y[index], network(x[index]), rtol=1e-4, atol=1e-6)
 
 
 def test_count_parameters_counts_scalars():
