@@ -46,7 +46,7 @@ def measure(name: str, flags: str, folder: Path) -> list[dict]:
     train(f"{SCRIPT} {COMMON} {flags}".rstrip(), folder, name)
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    tells = probe_embedding.measure(folder)
+    tells = probe_embedding.measure(str(folder))
     last = [row for row in rows if row["env_steps"] == rows[-1]["env_steps"]]
     return [
         {"choice": name, "seed": row["seed"], "eval/probe_r2": f"{tells[int(row['seed'])]:.9g}"}

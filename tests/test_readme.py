@@ -15,6 +15,8 @@ TINY = (
     "--total_env_steps 1200 --num_envs 8 --episode_length 20 --unroll_length 20 --min_replay_size 40 "
     "--max_replay_size 60 --updates_per_chunk 2 --batch_size 16 --width 16 --num_eval_envs 4"
 )
+SHOWN = "episodes that reach their goal: uniform goals"
+"""What a run prints after an evaluation."""
 
 
 @pytest.fixture
@@ -35,10 +37,10 @@ def command_in(text: str) -> list[str]:
 
 
 def run_in(clone: Path, command: list[str], *flags: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(clone)}
+    """What Python prints for this command in the copy."""
     done = subprocess.run(
-        [sys.executable, *command, *TINY.split(), *flags],
-        cwd=clone, env=environment, capture_output=True, text=True,
+        [sys.executable, *command, *flags],
+        cwd=clone, env={**os.environ, "PYTHONPATH": str(clone)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -63,7 +65,7 @@ def test_a_fork_with_another_energy_takes_under_ten_lines_and_trains(clone):
     subprocess.run(copied.split(), cwd=clone, check=True)
     fork = clone / "algorithms/my_crl.py"
     fork.write_text(apply(diff, fork.read_text()))
-    assert "reached the goal" in run_in(clone, command_in(text), "--run_dir", "run")
+    assert SHOWN in run_in(clone, command_in(text), *TINY.split(), "--run_dir", "run")
     check = """
 import numpy as np
 from algorithms import my_crl
@@ -72,7 +74,62 @@ logits = [[-sum(abs(a - b) for a, b in zip(x, y)) for y in psi] for x in phi]
 np.testing.assert_allclose(my_crl.pairwise_energy(phi, psi, "l1"), logits, rtol=1e-5)
 np.testing.assert_allclose(my_crl.energy(phi, psi, "l1"), np.diag(logits), rtol=1e-5)
 """
-    subprocess.run([sys.executable, "-c", check], cwd=clone, env={**os.environ, "PYTHONPATH": str(clone)}, check=True)
+    run_in(clone, ["-c", check])
+
+
+def ablations() -> list[list[str]]:
+    """What is left out, the line of the block, and what to write instead."""
+    rows = re.findall(r"^\| ([\w ]+) \| `(.*?)` \| `(.*?)` \|$", section("Forking"), re.M)
+    return [list(row) for row in rows]
+
+
+ABLATED = {
+    "skip connection": "skip = 0",
+    "LayerNorm": "norm = lambda x: x",
+    "swish": "activation = lambda x: np.maximum(x, 0)",
+}
+"""What each ablation changes in the plain NumPy of the network below."""
+
+
+def test_the_papers_ablations_are_all_there():
+    assert {name for name, *_ in ablations()} == set(ABLATED)
+
+
+@pytest.mark.parametrize(("what", "line", "instead"), ablations())
+def test_an_ablation_is_one_line_and_changes_what_it_says(clone, what, line, instead):
+    path = clone / "shared/networks.py"
+    networks = path.read_text()
+    assert networks.count(line + "\n") == 1
+    path.write_text(networks.replace(line, instead))
+    check = f"""
+import jax, numpy as np
+from shared.networks import ResidualMLP
+network = ResidualMLP(5, 16, 8, 3, jax.random.key(0))
+norm = lambda x: (x - x.mean()) / np.sqrt(x.var() + 1e-6)
+activation = lambda x: x / (1 + np.exp(-x))
+skip = 1
+{ABLATED[what]}
+x = given = np.random.default_rng(0).normal(size=5)
+array = lambda leaf: np.asarray(leaf, float)
+x = activation(norm(array(network.stem.dense.weight) @ x))
+for block in array(network.blocks.layers.dense.weight):
+    y = x
+    for weight in block:
+        y = activation(norm(weight @ y))
+    x = skip * x + y
+np.testing.assert_allclose(network(given.astype("float32")), array(network.head.weight) @ x, rtol=1e-3, atol=1e-5)
+"""
+    run_in(clone, ["-c", check])
+    if what == "skip connection":
+        assert SHOWN in run_in(clone, ["algorithms/crl.py"], *TINY.split(), "--run_dir", "run")
+
+
+def test_a_trained_agent_is_loaded_in_three_lines(clone):
+    run_in(clone, ["algorithms/crl.py"], *TINY.split(), "--run_dir", "run")
+    (lines,) = re.findall(r"```python\n(.*?)```", section("A trained agent in three lines"), re.S)
+    assert lines.count("RUN_FOLDER") == 1
+    said = run_in(clone, ["-c", lines.replace("RUN_FOLDER", "run")])
+    assert re.fullmatch(r"distance to the goal: \d+\.\d\d\n", said)
 
 
 def test_a_maze_that_is_drawn_exists_for_every_robot_and_trains(clone):
@@ -82,16 +139,15 @@ def test_a_maze_that_is_drawn_exists_for_every_robot_and_trains(clone):
     mazes = path.read_text()
     assert mazes.count("DRAWINGS = {\n") == 1
     path.write_text(mazes.replace("DRAWINGS = {\n", "DRAWINGS = {\n" + drawing))
-    out = run_in(clone, command_in(text), "--run_dir", "run")
-    assert "reached the goal" in out
+    assert SHOWN in run_in(clone, command_in(text), *TINY.split(), "--run_dir", "run")
     assert (clone / "run/value_map.png").exists()
     check = """
 import envs
 for robot in ("point", "ant", "humanoid"):
     maze = envs.make(f"{robot}_zigzag").maze
     assert maze.cells == ("#######", "#R.#GG#", "#.GG#.#", "#######"), maze
-    assert envs.far(f"{robot}_zigzag") is None
+    assert envs.far_goals(f"{robot}_zigzag") is None
 envs.mazes.DRAWINGS["zigzag_eval"] = envs.mazes.DRAWINGS["zigzag"].replace("#.GG#.#", "#....G#")
-assert envs.far("point_zigzag") == "point_zigzag_eval"
+assert envs.far_goals("point_zigzag") == "point_zigzag_eval"
 """
-    subprocess.run([sys.executable, "-c", check], cwd=clone, env={**os.environ, "PYTHONPATH": str(clone)}, check=True)
+    run_in(clone, ["-c", check])

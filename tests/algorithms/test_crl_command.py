@@ -3,12 +3,16 @@
 import os
 import re
 import signal
+from functools import partial
 
 import commands
+import jax
 import pytest
 from commands import Script, metrics
 
+import envs
 from algorithms import crl
+from shared import run
 
 TINY = [
     *("--num_envs=8", "--episode_length=20", "--unroll_length=10", "--updates_per_chunk=4", "--batch_size=16"),
@@ -41,12 +45,15 @@ def test_prints_what_it_is_and_last_the_run_folder(reference):
     assert lines[-1] == str(folder / "whole")
     for words in (
         r"recipe for point_u_maze",
-        r"actor\s+4 layers .* parameters",
+        r"layers in residual blocks: 4 in the actor, 4 in the critic",
+        r"actor\s+[\d,]+ parameters",
         r"device cpu",
         r"compiled learn in .* s",
     ):
         assert re.search(words, done.stdout), words
-    assert "steps/s" in done.stderr and "left" in done.stderr and "success" in done.stderr
+    assert "steps/s" in done.stderr and "left" in done.stderr
+    assert re.search(r"left  uniform goals, mean action \d", done.stderr)
+    assert re.search(r"env steps +40,000  episodes that reach their goal: uniform .*; far goals, sampled", done.stdout)
     assert {"config.json", "metrics.csv", "checkpoints", "curve.png", "value_map.png", "trajectories.png"} <= {
         p.name for p in (folder / "whole").iterdir()
     }
@@ -89,6 +96,40 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(t
     done = run_to_end(*flags, cwd=tmp_path, code=2)
     assert re.search(r"^error: (train/\w+_loss is|a parameter is not) .* gradient step \d+", done.stderr, re.MULTILINE)
     assert list((tmp_path / "r" / "checkpoints").glob("*.eqx"))
+
+
+def test_a_loaded_agent_is_the_runs(reference):
+    """Scored under the keys of the last evaluation, the loaded agents have its scores; loading changes nothing."""
+    folder = reference[0] / "whole"
+    contents = lambda: {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+    before, rows = contents(), metrics(folder)
+    for seed in (0, 1):
+        config, env, agent = crl.load(folder, seed)
+        (row,) = [row for row in rows[-2:] if int(row["seed"]) == seed]
+        key = jax.random.fold_in(run.evaluation_key(jax.random.key(seed)), int(row["gradient_steps"]))
+        scores = jax.jit(partial(crl.evaluate, config, env, envs.make("point_u_maze_eval")))(agent, key)
+        for name, score in scores.items():
+            assert float(row[name]) == pytest.approx(float(score), rel=1e-4), name
+    assert contents() == before
+    with pytest.raises(run.UserError, match="seed is 2"):
+        crl.load(folder, 2)
+
+
+def test_a_finished_run_goes_on_as_if_it_had_been_planned_longer(tmp_path, cache):
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    flags = [*TINY, "--final_lr_fraction=1"]
+    run_to_end(*flags, "--total_env_steps=1600", f"--run_dir={folder}", cwd=tmp_path, env=cache)
+    run_to_end(f"--resume={folder}", "--total_env_steps=4000", cwd=tmp_path, env=cache)
+    run_to_end(*flags, "--total_env_steps=4000", f"--run_dir={whole}", cwd=tmp_path, env=cache)
+    longer, planned = metrics(folder), metrics(whole)
+    assert longer == planned, "1600 steps are a multiple of eval_every, so that no row has an evaluation of its own"
+
+
+def test_a_run_whose_learning_rates_have_fallen_does_not_go_on(reference, tmp_path):
+    folder = reference[0] / "whole"
+    done = run_to_end(f"--resume={folder}", "--total_env_steps=80000", cwd=tmp_path, code=2)
+    assert re.fullmatch(r"error: the learning rates of the run in .* so it cannot go on to 80000; .*\n", done.stderr)
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,15 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from stubs import Sizes
+from stubs import Line, Sizes
 
 from algorithms import crl
-from envs import GoalEnv, GoalState
 from shared import pictures
 from shared import replay as buffer
 
@@ -78,31 +76,6 @@ def test_critic_recovers_the_discounted_occupancy_of_a_chain():
     assert np.abs(marginal / marginal.sum() - occupancy).sum(-1).max() / 2 > 0.3
 
 
-class Line(GoalEnv):
-    """A robot on a line starts at 0; its goal is at -1 or 1 and a step moves it by at most 0.25."""
-
-    name = "line"
-    observation_size = action_size = 1
-    goal_indices = (0,)
-    success_radius = 0.2
-
-    def _state(self, x, goal):
-        reached = (jnp.abs(x - goal) < self.success_radius)[0]
-        return GoalState(x, x, goal, reached.astype(jnp.float32), jnp.zeros((), bool))
-
-    def reset(self, key):
-        return self._state(jnp.zeros(1), self.sample_goal(key))
-
-    def step(self, state, action):
-        return self._state(jnp.clip(state.physics + 0.25 * action, -1.2, 1.2), state.goal)
-
-    def sample_goal(self, key):
-        return jax.random.choice(key, jnp.array([-1.0, 1.0]), (1,))
-
-    def render(self, states, stem):
-        raise NotImplementedError
-
-
 @pytest.mark.parametrize(
     "setting", [{}, {"loss": "bwd_infonce"}, {"loss": "sym_infonce"}, {"loss": "binary_nce", "energy": "dot"}]
 )
@@ -125,28 +98,6 @@ def test_probe_every_loss_learns_to_walk_along_a_line(setting):
     assert (action[[0, 1]] > 0.2).all() and (action[[3, 4]] < -0.2).all(), action
     scores = jax.jit(lambda s: crl.evaluate(config, env, None, s.agent, jax.random.key(1)))(state)
     assert scores["eval/success_any"] == 1
-
-
-def test_evaluation_counts_steps_until_a_fall():
-    """Against a hand count: this robot stands at its goal for 3 steps, then falls, and would be there again later."""
-
-    class Faller(Line):
-        other_radii = MappingProxyType({"easy": 5.5, "hard": 1e-3})
-
-        def step(self, state, action):
-            t = state.physics + 1
-            return GoalState(t, t, jnp.where((t <= 3) | (t > 6), t, t + 5), jnp.zeros(()), (t == 5)[0])
-
-    config = crl.Config(episode_length=10, num_eval_envs=3, width=8)
-    agent = crl.make_agent(config, Faller(), jax.random.key(0))
-    scores = crl.evaluate(config, Faller(), None, agent, jax.random.key(0))
-    for kind in ("", "sampled/"):
-        assert scores[f"eval/{kind}time_at_goal"] == 3
-        assert scores[f"eval/{kind}time_at_goal_easy"] == 5
-        assert scores[f"eval/{kind}time_at_goal_hard"] == 3
-        assert scores[f"eval/{kind}success_any"] == 1
-        assert scores[f"eval/{kind}episode_length"] == 5
-        np.testing.assert_allclose(scores[f"eval/{kind}distance"], 2 * 5 / 5)
 
 
 def test_a_goal_that_is_switched_during_collection_is_switched_by_the_environment():
