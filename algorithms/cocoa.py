@@ -790,10 +790,10 @@ def train(config: Config, family: TaskFamily, log: run.Run) -> None:
     what = "SAC that is told the task" if config.context == "oracle" else what
     tasks = f"{config.num_train_tasks} train tasks, {config.num_test_tasks} test tasks, by {family.simulator}"
     log.describe(RECIPES, what, tasks, agent=shapes.agent[:3])
+    state = log.restore(shapes)
     collect_chunk = log.compile("collect", partial(collect, config, family), shapes, donate=True)
     learn_chunk = log.compile("learn", partial(learn, config, family), shapes, donate=True)
     score = log.compile("evaluate", partial(evaluate, config, family), shapes.agent, shapes.test_tasks, log.seeds)
-    state = log.restore(shapes)
     if state is None:
         state = log.compile("fill", partial(fill, config, family), shapes, donate=True)(begin(log.seeds))
     while log.going(state):

@@ -487,6 +487,7 @@ def train(config: Config, env: GoalEnv, far_env: GoalEnv | None, log: run.Run) -
     depths = f"{config.actor_depth or config.depth} in the actor, {config.critic_depth or config.depth} in the critic"
     actor, (phi, psi), _ = shapes.agent
     log.describe(RECIPES, f"layers in residual blocks: {depths}", actor=actor, phi=phi, psi=psi)
+    state = log.restore(shapes)
     # compiled apart, because the prefill only collects
     collect_chunk = log.compile("collect", partial(collect, config, env), shapes, donate=True)
     learn_chunk = log.compile("learn", partial(learn, config, env), shapes, donate=True)
@@ -499,7 +500,6 @@ def train(config: Config, env: GoalEnv, far_env: GoalEnv | None, log: run.Run) -
             state = collect_chunk(state)
         return state
 
-    state = log.restore(shapes)
     if state is None:
         state = fill(begin(log.seeds))
     elif state.replay is None:

@@ -1201,6 +1201,7 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
     switches = [name for name in ("prediction", "matching", "memory") if config.distill and getattr(config, name)]
     what = f"PPO with {', '.join(switches)}" if switches else "plain PPO"
     log.describe(RECIPES, what, f"simulator: {vector.env.simulator}", agent=shapes.agent, encoder=shapes.agent.encoder)
+    state = log.restore(shapes)
     acting = shapes.agent, shapes.normaliser, shapes.acting
     # donates nothing, so that the state outlives an environment that fails
     collect_rollout = log.compile("collect", partial(collect, config, vector), *acting)
@@ -1208,7 +1209,6 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
     score = log.compile("evaluate", partial(evaluate, config, eval_vector), shapes.agent, log.seeds)
     if distills(config):
         distil_window = log.compile("distil", partial(distil, config), shapes, donate=True)
-    state = log.restore(shapes)
     if state is None:
         state = begin(log.seeds)
     elif not vector.env.in_jax:
@@ -1225,7 +1225,7 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
             state, auxiliary = distil_window(state)
             metrics |= auxiliary
         if log.evaluates(state):
-            metrics |= score(state.agent, log.evaluation_keys(state))
+            metrics |= jax.block_until_ready(score(state.agent, log.evaluation_keys(state)))
             eval_vector.close()
         log.end_chunk(state, metrics)
     return jax.tree.map(lambda x: x[0], state.agent)

@@ -520,7 +520,7 @@ class Run:
                 damaged.replace(damaged.with_suffix(".damaged"))
             self._earlier_seconds = header["seconds"]
             self.compile_seconds += header["compile_seconds"]
-            self._saved_at = header["steps"]["env_steps"]
+            self.steps, self._saved_at = header["steps"], header["steps"]["env_steps"]
             self._cut_metrics(self._saved_at)
             self.print(f"resumed from {path}")
             return state

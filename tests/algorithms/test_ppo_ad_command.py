@@ -3,15 +3,19 @@
 import os
 import re
 import signal
+from functools import partial
 from pathlib import Path
 
 import commands
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import Script, metrics
 from PIL import Image
 
 from algorithms import ppo_ad
+from shared import run
 
 SCRIPT = Script(ppo_ad)
 TINY = [
@@ -47,11 +51,14 @@ def test_prints_what_it_is_and_last_the_run_folder(reference):
     for words in (
         "recipe for minicraft",
         "PPO with prediction, matching, memory",
-        "[0-9,]+ parameters",
+        r"agent\s+[0-9,]+ parameters\nencoder\s+[0-9,]+ parameters",
         "compiled distil",
     ):
         assert re.search(words, done.stdout), words
-    assert "steps/s" in done.stderr and "left" in done.stderr and "score" in done.stderr
+    assert "steps/s" in done.stderr and re.search(r"left  evaluation \d", done.stderr)
+    assert re.search(
+        r"env steps +8,000  Crafter score, %: evaluation \d.*; all training episodes so far \d", done.stdout
+    )
     assert {path.name for path in (folder / "whole").iterdir()} >= FIGURES
     with Image.open(folder / "whole" / "rollout.gif") as film:
         assert 1 < film.n_frames <= 20  # frames without a change are merged
@@ -83,7 +90,11 @@ def test_a_stopped_run_saves_says_how_to_resume_and_goes_on(reference, cache):
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, cache):
     flags = [*TINY, "--total_env_steps=8000", "--learning_rate=1e38", f"--run_dir={tmp_path / 'r'}"]
     done = SCRIPT.run(*flags, cwd=tmp_path, code=2, env=cache)
-    assert re.search(r"^error: the loss or a parameter is not finite at env step \d+", done.stderr, re.MULTILINE)
+    loss, parameter = (
+        r"train/\w*loss is \S+ at env step \d+ of seed 0",
+        r"a parameter is not finite after gradient step \d+",
+    )
+    assert re.search(f"^error: ({loss}|{parameter})", done.stderr, re.MULTILINE)
     assert list((tmp_path / "r" / "checkpoints").glob("*.eqx"))
 
 
@@ -91,7 +102,7 @@ def ablation(flag, tmp_path, cache):
     """What a run with one more flag says it is and how many parameters it has, and its last metrics."""
     done = SCRIPT.run(*TINY, flag, "--total_env_steps=480", f"--run_dir={tmp_path / 'run'}", cwd=tmp_path, env=cache)
     what, parameters, *_ = [line for line in done.stdout.splitlines() if re.search("PPO|parameters", line)]
-    return what, int(parameters.split()[0].replace(",", "")), metrics(tmp_path / "run")[-1]
+    return what, int(parameters.split()[1].replace(",", "")), metrics(tmp_path / "run")[-1]
 
 
 # the encoder: 189 x 16 + 16; LayerNorm and product, twice. The heads of 8 actions and a value. FiLM: LayerNorm, 8 x 16,
@@ -119,6 +130,24 @@ def test_each_switch_takes_its_part_out(flag, what, parameters, present, absent,
     *printed, row = ablation(flag, tmp_path, cache)
     assert printed == [what, parameters]
     assert present in row and not any(name.startswith(absent) for name in row)
+
+
+def test_a_loaded_agent_is_the_runs(reference):
+    """Scored under the keys of the last evaluation, the loaded agents have its scores; loading changes nothing."""
+    folder = reference[0] / "whole"
+    contents = lambda: {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+    before, rows = contents(), metrics(folder)[-2:]
+    loaded = [ppo_ad.load(str(folder), seed=int(row["seed"])) for row in rows]
+    config, env, _ = loaded[0]
+    agents = jax.tree.map(lambda *x: jnp.stack(x), *(agent for *_, agent in loaded))
+    key = lambda row: jax.random.fold_in(run.evaluation_key(jax.random.key(int(row["seed"]))), int(row["ppo_steps"]))
+    score = partial(ppo_ad.evaluate, config, env.vectorise(config.num_eval_envs, config.episode_length))
+    scores = jax.jit(jax.vmap(score))(agents, jnp.stack([key(row) for row in rows]))
+    for name, values in scores.items():
+        np.testing.assert_allclose(values, [float(row[name]) for row in rows], rtol=1e-5, err_msg=name)
+    assert contents() == before
+    with pytest.raises(run.UserError, match="seed is 2"):
+        ppo_ad.load(str(folder), seed=2)
 
 
 @pytest.mark.slow
