@@ -6,6 +6,7 @@
 #   FAMILIES=half_cheetah_vel SECONDS_EACH=280 bash experiments/gpu_cocoa.sh OUT --seed 1
 # Wall-clock per million gradient steps: in OUT/*/metrics.csv, (seconds - compile_seconds) / gradient_steps.
 # Afterwards: python experiments/runs.py publish NAME OUT/half_cheetah_vel_cocoa
+# and, where the run folders are: python experiments/probe_embedding.py runs/gpu/half_cheetah_vel_cocoa
 set -euo pipefail
 out=$(realpath "$1")
 shift
@@ -18,7 +19,7 @@ for family in ${FAMILIES:-half_cheetah_vel half_cheetah_dir}; do
         if [ -e "$folder/config.json" ]; then
             flags=(--resume "$folder" "$@")
         else
-            flags=(--run_dir "$folder" --env "$family" --contrastive="$contrastive" --probe "$@")
+            flags=(--run_dir "$folder" --env "$family" --contrastive="$contrastive" "$@")
         fi
         # SIGTERM finishes the iteration, saves and exits
         timeout --signal TERM --kill-after 60 "${SECONDS_EACH:-140}" python3 algorithms/cocoa.py "${flags[@]}" ||

@@ -10,6 +10,7 @@
 #   python experiments/runs.py publish ENV_depth_DEPTH OUT/ENV_depth_DEPTH
 set -euo pipefail
 out=$(realpath "$2")
+from=${FROM:+$(realpath "$FROM")}
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:${PYTHONPATH:-}"
 case "$1" in
@@ -27,7 +28,7 @@ tasks)
     ;;
 curve)
     folder=$out/$3_depth_$4
-    [ -z "${FROM:-}" ] || [ -e "$folder" ] || cp -r "$FROM" "$folder"
+    [ -z "$from" ] || [ -e "$folder" ] || cp -r "$from" "$folder"
     if [ -e "$folder/config.json" ]; then
         flags=(--resume "$folder" "${@:5}")
     else

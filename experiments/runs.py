@@ -136,8 +136,9 @@ def train(command: str, folder: Path, name: str) -> None:
     flags += ["--run_dir", str(folder)]
     if (folder / "config.json").exists():
         there = provenance(folder)
-        if there["command"] != f"python algorithms/{command}":
-            raise SystemExit(f"error: {folder} holds a run of {there['command']!r}; delete it to train {name} anew")
+        made_by = ", then ".join([there["command"], *there.get("extended", [])])
+        if made_by != f"python algorithms/{command}":
+            raise SystemExit(f"error: {folder} holds a run of {made_by!r}; delete it to train {name} anew")
         if there["commit"] != run.commit():
             raise SystemExit(f"error: {folder} was begun at commit {there['commit']}; delete it to train {name} anew")
         print(f"{name}: going on with {folder}")

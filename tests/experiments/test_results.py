@@ -76,6 +76,7 @@ def test_every_run_was_made_by_the_command_that_redoes_it():
     for name, command in runs.RUNS.items():
         facts = figures.made(name)
         assert facts["command"] == f"python algorithms/{command}", name
+        assert "extended" not in facts, name
         assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", facts["commit"]), name
         # code that differs from the commit would make it worthless; a result that was rewritten does not
         assert "+" not in facts["commit"] or facts["changed_files"] == ["results/point_u_maze.csv"], name
@@ -145,6 +146,10 @@ def test_redoing_does_not_pass_off_another_run(tmp_path):
     with pytest.raises(SystemExit, match=r"holds a run of 'python algorithms/crl.py --seed 3'; delete it"):
         runs.train("crl.py --seed 4", tmp_path, "four")
     with pytest.raises(SystemExit, match="was begun at commit c; delete it"):
+        runs.train("crl.py --seed 3", tmp_path, "three")
+    extended = ["python algorithms/crl.py --resume /tmp/x --total_env_steps 9"]
+    (tmp_path / "config.json").write_text(json.dumps({**facts, "extended": extended}))
+    with pytest.raises(SystemExit, match=r"--seed 3, then python algorithms/crl.py --total_env_steps 9'; delete it"):
         runs.train("crl.py --seed 3", tmp_path, "three")
 
 
