@@ -11,7 +11,7 @@ from scipy import stats
 
 from envs import mjx_physics
 from envs.arm import TASKS, Arm
-from envs.base import State
+from envs.base import GoalState
 from envs.mjx_physics import Physics, mjx
 
 START = np.array([1.571, 0.742, 0, -1.571, 0, 3.054, 1.449])
@@ -521,7 +521,7 @@ def test_states_are_rendered(envs, task, tmp_path):
     for shape in env.shapes:
         np.testing.assert_allclose(np.linalg.norm(shape.rotation), 1, atol=1e-6)
     qpos, goal = jnp.asarray(env._start), jnp.full(len(env.goal_indices), 0.5)
-    states = State(Physics(qpos, qpos, qpos), qpos, goal, jnp.zeros(()), jnp.zeros((), bool))
+    states = GoalState(Physics(qpos, qpos, qpos), qpos, goal, jnp.zeros(()), jnp.zeros((), bool))
     states = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (2, 3, *leaf.shape)), states)
     path = env.render(states, str(tmp_path / "scene"))
     assert path.endswith(".html") and env.name in (tmp_path / "scene.html").read_text(encoding="utf-8")

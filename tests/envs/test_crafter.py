@@ -53,7 +53,7 @@ def actions(*numbers: int) -> jax.Array:
     return jnp.array(numbers, jnp.int32)
 
 
-def played_beside_craftax_alone(env, game_class, steps: int) -> list[envs.State]:
+def played_beside_craftax_alone(env, game_class, steps: int) -> list[envs.AchievementState]:
     """Our states under random actions, until death; craftax, called by itself with the same keys, has the same."""
     game = env._game  # not another of the same, as craftax compiles for each
     assert type(game) is game_class
@@ -124,11 +124,11 @@ def test_the_time_limit_is_that_of_the_vector_env_only(vector, symbolic):
     state = changed(state, timestep=[20_000] * 4)
     for t in range(LIMIT):
         before = state
-        state, transition = step(state, actions(NOOP, NOOP, NOOP, NOOP))
-        assert not transition.terminated.any()
-        assert (transition.truncated == (t == LIMIT - 1)).all()
+        state, after, truncated = step(state, actions(NOOP, NOOP, NOOP, NOOP))
+        assert not after.terminated.any()
+        assert (truncated == (t == LIMIT - 1)).all()
     alone = symbolic.step(jax.tree.map(lambda x: x[1], before.env), actions(NOOP)[0])
-    np.testing.assert_array_equal(transition.next_observation[1], alone.observation)
+    np.testing.assert_array_equal(after.observation[1], alone.observation)
     world = state.env.physics.world
     assert (world.timestep == 0).all() and (state.steps == 0).all()
     assert len(np.unique(world.map.reshape(4, -1), axis=0)) == 4
@@ -140,12 +140,12 @@ def test_death_terminates_and_the_last_step_still_counts(vector, symbolic):
     """Copy 0 fells a tree and starves, copy 1 stands in lava; copies 2 and 3 go on."""
     from craftax.craftax_classic.constants import Achievement, BlockType
 
-    step, state = vector
-    world = state.env.physics.world
+    step, first = vector
+    world = first.env.physics.world
     row, column = world.player_position.T
     blocks = world.map.at[0, row[0] - 1, column[0]].set(BlockType.TREE.value)
-    state = changed(
-        state,
+    before = changed(
+        first,
         map=blocks.at[1, row[1], column[1]].set(BlockType.LAVA.value),
         player_direction=[UP] * 4,
         player_health=[1, 9, 9, 9],
@@ -155,23 +155,23 @@ def test_death_terminates_and_the_last_step_still_counts(vector, symbolic):
         achievements=world.achievements.at[:, Achievement.WAKE_UP.value].set(True),
     )
     action = actions(DO, NOOP, NOOP, NOOP)
-    after, transition = step(state, action)
-    np.testing.assert_array_equal(transition.terminated, [True, True, False, False])
-    assert not transition.truncated.any()
-    np.testing.assert_allclose(transition.reward, [1 - 0.1, -0.9, 0, 0], atol=1e-6)
+    state, after, truncated = step(before, action)
+    np.testing.assert_array_equal(after.terminated, [True, True, False, False])
+    assert not truncated.any()
+    np.testing.assert_allclose(after.reward, [1 - 0.1, -0.9, 0, 0], atol=1e-6)
     wood, awake = symbolic.achievement_names.index("collect_wood"), symbolic.achievement_names.index("wake_up")
-    assert transition.achievements[:, awake].all()
-    np.testing.assert_array_equal(transition.achievements[:, wood], [True, False, False, False])
-    assert transition.achievements.sum() == 5
+    assert after.achievements[:, awake].all()
+    np.testing.assert_array_equal(after.achievements[:, wood], [True, False, False, False])
+    assert after.achievements.sum() == 5
     for i in range(2):
-        dead = symbolic.step(jax.tree.map(lambda x, i=i: x[i], state.env), action[i])
+        dead = symbolic.step(jax.tree.map(lambda x, i=i: x[i], before.env), action[i])
         assert dead.terminated
-        np.testing.assert_array_equal(transition.next_observation[i], dead.observation)
-    np.testing.assert_array_equal(after.env.achievements.sum(axis=1), [0, 0, 1, 1])
-    np.testing.assert_array_equal(after.env.physics.world.player_health, [9, 9, 9, 9])
-    np.testing.assert_array_equal(after.env.physics.world.timestep, [0, 0, 1, 1])
-    np.testing.assert_array_equal(after.steps, [0, 0, 1, 1])
-    same_world = (after.env.physics.world.map == state.env.physics.world.map).all(axis=(1, 2))
+        np.testing.assert_array_equal(after.observation[i], dead.observation)
+    np.testing.assert_array_equal(state.env.achievements.sum(axis=1), [0, 0, 1, 1])
+    np.testing.assert_array_equal(state.env.physics.world.player_health, [9, 9, 9, 9])
+    np.testing.assert_array_equal(state.env.physics.world.timestep, [0, 0, 1, 1])
+    np.testing.assert_array_equal(state.steps, [0, 0, 1, 1])
+    same_world = (state.env.physics.world.map == before.env.physics.world.map).all(axis=(1, 2))
     np.testing.assert_array_equal(same_world, [False, False, True, True])
 
 

@@ -9,7 +9,9 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ import pytest
 from PIL import Image
 
 import envs
-from envs import State
+from envs import AchievementState
 from envs.crafter_pool import Crafter, CrafterPool
 
 crafter = pytest.importorskip("crafter")
@@ -45,10 +47,26 @@ def reset(pool: CrafterPool, seed: int = SEED):
     return jax.block_until_ready(jax.jit(pool.reset)(jax.random.key(seed)))
 
 
+class Steps(NamedTuple):
+    """Steps of all worlds: leading axes (time, num_envs)."""
+
+    observation: jax.Array
+    """What was acted on."""
+    after: AchievementState
+    truncated: jax.Array
+
+
+def step_of(pool: CrafterPool):
+    def step(state, action):
+        now, after, truncated = pool.step(state, action)
+        return now, Steps(state.env.observation, after, truncated)
+
+    return step
+
+
 def unroll(pool: CrafterPool, state, actions):
-    """The last state, and all transitions."""
-    step = lambda state, action: pool.step(state, action)
-    return jax.block_until_ready(jax.jit(partial(jax.lax.scan, step))(state, actions))
+    """The last state, and all steps."""
+    return jax.block_until_ready(jax.jit(partial(jax.lax.scan, step_of(pool)))(state, actions))
 
 
 def assert_equal(a, b):
@@ -79,15 +97,15 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks i
 
 @pytest.fixture(scope="module")
 def played():
-    """A reference run: the first state, one on the way, the last one, all transitions, the actions."""
+    """A reference run: the first state, one on the way, the last one, all steps, the actions."""
     pool = Crafter().vectorise(NUM_ENVS, LIMIT)
     actions = np.random.default_rng(SEED).integers(0, 17, (STEPS, NUM_ENVS)).astype(np.int32)
     first = reset(pool)
     middle, before = unroll(pool, first, actions[:HALF])
     last, after = unroll(pool, middle, actions[HALF:])
-    transitions = jax.tree.map(lambda *x: np.concatenate(x), before, after)
+    steps = jax.tree.map(lambda *x: np.concatenate(x), before, after)
     pool.close()
-    return SimpleNamespace(first=first, middle=middle, last=last, transitions=transitions, actions=actions)
+    return SimpleNamespace(first=first, middle=middle, last=last, steps=steps, actions=actions)
 
 
 def test_a_jitted_scan_equals_stepping_crafter(played, monkeypatch):
@@ -95,58 +113,65 @@ def test_a_jitted_scan_equals_stepping_crafter(played, monkeypatch):
     where = lambda creature: (creature.pos[0], creature.pos[1])
     in_order = lambda world: {chunk: sorted(creatures, key=where) for chunk, creatures in world._chunks.items()}
     monkeypatch.setattr(crafter.engine.World, "chunks", property(in_order))
-    got = played.transitions
+    got, after = played.steps, played.steps.after
     for i in range(NUM_ENVS):
         game = crafter.Env(seed=int(played.first.env.physics.seed[i]), length=LIMIT)
         observation = game.reset()
         for t in range(STEPS):
             np.testing.assert_array_equal(got.observation[t, i], observation)
             observation, reward, done, info = game.step(int(played.actions[t, i]))
-            np.testing.assert_array_equal(got.next_observation[t, i], observation)
-            assert got.reward[t, i] == np.float32(reward)
-            assert got.terminated[t, i] == (info["discount"] == 0)
-            assert (got.terminated[t, i] or got.truncated[t, i]) == done
-            achieved = [name for name, yes in zip(Crafter.achievement_names, got.achievements[t, i]) if yes]
+            np.testing.assert_array_equal(after.observation[t, i], observation)
+            assert after.reward[t, i] == np.float32(reward)
+            assert after.terminated[t, i] == (info["discount"] == 0)
+            assert (after.terminated[t, i] or got.truncated[t, i]) == done
+            achieved = [name for name, yes in zip(Crafter.achievement_names, after.achievements[t, i]) if yes]
             assert achieved == [name for name, count in info["achievements"].items() if count]
             if done:
                 observation = game.reset()
         np.testing.assert_array_equal(played.last.env.observation[i], observation)
-    assert got.achievements.any()
+    assert after.achievements.any()
 
 
-def test_states_and_transitions_have_the_declared_form(played):
-    env, state, got = Crafter(), played.last, played.transitions
+def test_states_have_the_declared_form(played):
+    env, state, got, after = Crafter(), played.last, played.steps, played.steps.after
     assert env.achievement_names == tuple(crafter.constants.achievements) == tuple(sorted(env.achievement_names))
     assert env.num_actions == len(crafter.constants.actions)
     assert not env.in_jax
-    for images in (state.env.observation, got.observation[0], got.next_observation[0]):
-        assert images.shape == (NUM_ENVS, *env.observation_shape)
-        assert images.dtype == env.observation_dtype
-    assert got.reward.dtype == np.float32
-    assert got.achievements.shape == (STEPS, NUM_ENVS, len(env.achievement_names))
-    assert state.env.goal.shape == (NUM_ENVS, 0)
-    np.testing.assert_array_equal(got.action, played.actions)
-    assert jax.tree.map(jnp.shape, jax.eval_shape(env.vectorise(NUM_ENVS, LIMIT).reset, jax.random.key(0))) == (
-        jax.tree.map(jnp.shape, state)
-    )
+    images = state.env.observation, got.observation[0], after.observation[0]
+    chex.assert_shape(images, (NUM_ENVS, *env.observation_shape))
+    chex.assert_type(images, env.observation_dtype)
+    chex.assert_type(after.reward, np.float32)
+    chex.assert_shape(after.achievements, (STEPS, NUM_ENVS, len(env.achievement_names)))
+    chex.assert_trees_all_equal_shapes(state, jax.eval_shape(env.vectorise(NUM_ENVS, LIMIT).reset, jax.random.key(0)))
+
+
+def test_the_worlds_after_a_step_are_those_that_were_acted_in(played):
+    """Also where an episode ended: its number, and its actions with the one just taken."""
+    worlds, episode, clock = played.steps.after.physics, np.ones(NUM_ENVS, int), np.zeros(NUM_ENVS, int)
+    for t in range(STEPS):
+        np.testing.assert_array_equal(worlds.seed[t], played.first.env.physics.seed)
+        np.testing.assert_array_equal(worlds.episode[t], episode)
+        np.testing.assert_array_equal(worlds.actions[t, np.arange(NUM_ENVS), clock], played.actions[t])
+        ended = played.steps.after.terminated[t] | played.steps.truncated[t]
+        episode, clock = episode + ended, np.where(ended, 0, clock + 1)
 
 
 def test_episodes_end_by_death_or_at_the_time_limit_and_start_afresh(played):
-    got, steps, ends = played.transitions, np.zeros(NUM_ENVS, int), np.zeros(NUM_ENVS, int)
+    got, after, steps, ends = played.steps, played.steps.after, np.zeros(NUM_ENVS, int), np.zeros(NUM_ENVS, int)
     deaths_at_the_limit = 0
     for t in range(STEPS):
         steps += 1
-        np.testing.assert_array_equal(got.truncated[t], (steps == LIMIT) & ~got.terminated[t])
-        ended = got.terminated[t] | got.truncated[t]
+        np.testing.assert_array_equal(got.truncated[t], (steps == LIMIT) & ~after.terminated[t])
+        ended = after.terminated[t] | got.truncated[t]
         if t + 1 < STEPS:
-            same = (got.observation[t + 1] == got.next_observation[t]).all(axis=(1, 2, 3))
+            same = (got.observation[t + 1] == after.observation[t]).all(axis=(1, 2, 3))
             np.testing.assert_array_equal(same, ~ended)
             # of a new episode, only what its first step unlocked
-            assert got.achievements[t + 1][ended].sum() <= 1
-        deaths_at_the_limit += (got.terminated[t] & (steps == LIMIT)).sum()
+            assert after.achievements[t + 1][ended].sum() <= 1
+        deaths_at_the_limit += (after.terminated[t] & (steps == LIMIT)).sum()
         steps[ended] = 0
         ends += ended
-    assert got.terminated.sum() == 2 and got.truncated.sum() == deaths_at_the_limit == 1
+    assert after.terminated.sum() == 2 and got.truncated.sum() == deaths_at_the_limit == 1
     np.testing.assert_array_equal(played.last.steps, steps)
     np.testing.assert_array_equal(played.last.env.physics.episode, 1 + ends)
     np.testing.assert_array_equal(ends, [1, 2])
@@ -157,18 +182,18 @@ def test_two_pools_in_one_compiled_program_do_not_disturb_each_other(played, mak
     train, evaluation = make_pool(), make_pool(1, 1000)
 
     def step(states, action):
-        state, transition = train.step(states[0], action)
+        state, seen = step_of(train)(states[0], action)
         other = jax.lax.while_loop(
             lambda other: other.steps[0] < 2 * state.steps[0],
             lambda other: evaluation.step(other, action[:1])[0],
             states[1],
         )
-        return (state, other), transition
+        return (state, other), seen
 
     states, actions = (reset(train), reset(evaluation, 1)), played.actions[:HALF]
     program = jax.jit(partial(jax.lax.scan, step), donate_argnums=0).lower(states, actions).compile()
-    (state, other), transitions = program(states, actions)
-    assert_equal(transitions, jax.tree.map(lambda x: x[:HALF], played.transitions))
+    (state, other), steps = program(states, actions)
+    assert_equal(steps, jax.tree.map(lambda x: x[:HALF], played.steps))
     assert_equal(state, played.middle)
     assert other.steps[0] == 2 * HALF
 
@@ -177,8 +202,8 @@ def test_a_new_pool_restored_to_a_saved_state_goes_on_as_if_nothing_had_happened
     np.testing.assert_array_equal(played.middle.env.physics.episode, [1, 2])
     pool = make_pool()
     pool.restore(played.middle)
-    last, transitions = unroll(pool, played.middle, played.actions[HALF:])
-    assert_equal(transitions, jax.tree.map(lambda x: x[HALF:], played.transitions))
+    last, steps = unroll(pool, played.middle, played.actions[HALF:])
+    assert_equal(steps, jax.tree.map(lambda x: x[HALF:], played.steps))
     assert_equal(last, played.last)
 
 
@@ -198,7 +223,7 @@ def test_a_state_that_is_not_the_latest_is_refused(make_pool):
     pool = make_pool(1)
     step = jax.jit(pool.step)
     old = reset(pool)
-    new, _ = step(old, np.zeros(1, np.int32))
+    new, *_ = step(old, np.zeros(1, np.int32))
     with pytest.raises(jax.errors.JaxRuntimeError, match="stepped from a state that is not its latest"):
         jax.block_until_ready(step(old, np.zeros(1, np.int32)))
     assert pool.failure.startswith("Crafter was stepped from a state that is not its latest: it has one set of worlds")
@@ -266,7 +291,7 @@ ENDLESS = """
     pool = envs.make("crafter").vectorise(2, 10_000)
     state, step = jax.jit(pool.reset)(jax.random.key(0)), jax.jit(pool.step)
     while True:
-        state, _ = step(state, np.zeros(2, np.int32))
+        state, *_ = step(state, np.zeros(2, np.int32))
         if state.steps[0] == 5:
             print(*[worker._process.pid for worker in pool._workers], flush=True)
 """
@@ -331,7 +356,7 @@ def test_one_environment_cannot_be_stepped():
     with pytest.raises(NotImplementedError, match=r"only its vectorise\(\.\.\.\) can be reset"):
         Crafter().reset(jax.random.key(0))
     with pytest.raises(NotImplementedError, match=r"only its vectorise\(\.\.\.\) can be stepped"):
-        Crafter().step(State(*[jnp.zeros(0)] * 4, terminated=jnp.zeros(0, bool)), jnp.int32(0))
+        Crafter().step(AchievementState(*[jnp.zeros(0)] * 3, *[jnp.zeros(0, bool)] * 2), jnp.int32(0))
 
 
 def test_render_draws_the_episodes_side_by_side(played, tmp_path):
@@ -346,7 +371,7 @@ def test_render_draws_the_episodes_side_by_side(played, tmp_path):
 def _film(played):
     """The observations of the reference run as states with axes (episode, time)."""
     by_episode = lambda x: jnp.swapaxes(x, 0, 1)
-    observation = by_episode(played.transitions.observation)
+    observation = by_episode(played.steps.observation)
     return played.last.env._replace(observation=observation, terminated=jnp.zeros(observation.shape[:2], bool))
 
 

@@ -65,8 +65,8 @@ def test_sizes_are_those_of_the_fact_sheet(name):
     sizes = env.observation_size, env.action_size, env.task_size, env.oracle_size
     assert (*sizes, env.num_train_tasks, env.num_test_tasks) == SIZES[name]
     state = jax.eval_shape(env.reset, jax.random.key(0))
-    assert state.observation.shape == (env.observation_size,) and state.goal.shape == (env.task_size,)
-    assert jax.eval_shape(env.oracle, state.goal).shape == (env.oracle_size,)
+    assert state.observation.shape == (env.observation_size,) and state.task.shape == (env.task_size,)
+    assert jax.eval_shape(env.oracle, state.task).shape == (env.oracle_size,)
     for robot, seconds in CONTROL_STEP.items():
         if name.startswith(robot):
             assert env.control_step == pytest.approx(seconds)
@@ -75,9 +75,8 @@ def test_sizes_are_those_of_the_fact_sheet(name):
 def test_64_copies_are_reset_and_stepped(rollout):
     assert np.isfinite(rollout.states.observation).all() and np.isfinite(rollout.states.reward).all()
     assert rollout.states.observation.shape == (STEPS + 1, NUM_ENVS, rollout.env.observation_size)
-    np.testing.assert_array_equal(
-        rollout.states.goal, np.broadcast_to(rollout.states.goal[0], rollout.states.goal.shape)
-    )
+    tasks = rollout.states.task
+    np.testing.assert_array_equal(tasks, np.broadcast_to(tasks[0], tasks.shape))
 
 
 def test_films_are_one_page_that_needs_no_network(rollout, tmp_path):
@@ -147,7 +146,7 @@ def test_rewards_equal_numpy_on_recorded_states(rollout):
     for t in (1, 4, STEPS):
         for i in range(0, NUM_ENVS, 9):
             before, after = (forward(env, states.physics, s, i) for s in (t - 1, t))
-            args = before, after, rollout.actions[t - 1, i], states.goal[t, i], env.control_step
+            args = before, after, rollout.actions[t - 1, i], states.task[t, i], env.control_step
             expected = numpy_reward(env.name, *args)
             np.testing.assert_allclose(states.reward[t, i], expected, rtol=2e-4, atol=2e-3)
 
@@ -176,7 +175,7 @@ def test_episodes_end_where_the_fact_sheet_says():
 
 def drawn(name, number=4000, **options):
     env = envs.make(name, **options)
-    return np.asarray(jax.vmap(env.sample_goal)(jax.random.split(jax.random.key(1), number)))
+    return np.asarray(jax.vmap(env.sample_task)(jax.random.split(jax.random.key(1), number)))
 
 
 def test_distributions_of_tasks():
@@ -236,12 +235,12 @@ def test_points_move_by_a_tenth_of_the_action_and_are_paid_for_being_near():
             if name == "sparse_point_goal":
                 np.testing.assert_array_equal(state.observation, 0)
                 goal = rng.uniform(-0.3, 0.3, 2).astype(np.float32)
-                state = env.with_goal(state, jnp.asarray(goal))
+                state = env.with_task(state, jnp.asarray(goal))
             action = rng.uniform(-2, 2, 2).astype(np.float32)
             after = step(state, jnp.asarray(action))
             expected = np.asarray(state.observation) + 0.1 * np.clip(action, -1, 1)
             np.testing.assert_allclose(after.observation, expected, rtol=1e-5, atol=1e-6)
-            distance = np.linalg.norm(expected - np.asarray(state.goal))
+            distance = np.linalg.norm(expected - np.asarray(state.task))
             np.testing.assert_allclose(env.training_reward(after), -distance, rtol=1e-4)
             sparse = 1 - distance if distance <= 0.2 else 0.0
             near += distance <= 0.2
@@ -262,7 +261,7 @@ def test_a_step_is_that_of_mujoco(rollout):
         for t in (0, 5, STEPS - 1):
             model = copy.copy(env.model)
             if env.name == "walker_params":
-                for field, value in env.fields(jnp.asarray(states.goal[0, i])).items():
+                for field, value in env.fields(jnp.asarray(states.task[0, i])).items():
                     getattr(model, field)[:] = value
             data = mujoco.MjData(model)
             data.qpos, data.qvel = states.physics.qpos[t, i], states.physics.qvel[t, i]
@@ -292,7 +291,7 @@ def test_walkers_with_other_parameters_move_otherwise_and_only_the_four_fields_v
     )
     np.testing.assert_allclose(bodies[4].geom_friction[7, 2], env.model.geom_friction[7, 2] * 1.5**3, rtol=1e-5)
     np.testing.assert_allclose(bodies[5].body_inertia, env.model.body_inertia * 1.5**-3, rtol=1e-5)
-    start = jax.vmap(env.with_goal, (None, 0))(env.reset(jax.random.key(0)), tasks)
+    start = jax.vmap(env.with_task, (None, 0))(env.reset(jax.random.key(0)), tasks)
     actions = jax.random.uniform(jax.random.key(1), (10, env.action_size), minval=-1, maxval=1)
     step = lambda state, action: (jax.vmap(env.step, (0, None))(state, action), None)
     end, _ = jax.jit(lambda start: jax.lax.scan(step, start, actions))(start)

@@ -278,5 +278,5 @@ def test_unknown_maze_is_answered_with_the_nearest():
 def test_stitching_tasks_are_environments_that_are_evaluated_on_the_far_goals():
     assert {"ant_u_maze_gen_1f2f3f", "point_u5_maze_gen_1f2f3f"} <= set(envs.names())
     assert envs.make("point_u_maze_gen_1f6f").maze.distances == (1, 6)  # any distances, listed or not
-    assert envs.far("ant_u_maze_gen_1f2f3f") == envs.far("ant_u_maze") == "ant_u_maze_eval"
-    assert envs.far("ant") is None and envs.far("ant_hardest_maze") is None
+    assert envs.far_goals("ant_u_maze_gen_1f2f3f") == envs.far_goals("ant_u_maze") == "ant_u_maze_eval"
+    assert envs.far_goals("ant") is None and envs.far_goals("ant_hardest_maze") is None

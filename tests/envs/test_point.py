@@ -25,12 +25,12 @@ def gap(cells: tuple[str, ...], positions: np.ndarray) -> np.ndarray:
     return nearest
 
 
-def at(state: envs.State, position) -> envs.State:
+def at(state: envs.GoalState, position) -> envs.GoalState:
     position = jnp.asarray(position, jnp.float32)
     return state._replace(physics=position, observation=position)
 
 
-def rollout(env: point.PointMaze, starts, actions, goal=(1.0, 1.0)) -> envs.State:
+def rollout(env: point.PointMaze, starts, actions, goal=(1.0, 1.0)) -> envs.GoalState:
     """States after each action: `starts` (robots, 2), `actions` (robots, time, 2)."""
     template = env.reset(jax.random.key(0))._replace(goal=jnp.array(goal))
 
@@ -45,7 +45,7 @@ def rollout(env: point.PointMaze, starts, actions, goal=(1.0, 1.0)) -> envs.Stat
     return jax.device_get(jax.jit(jax.vmap(one))(starts, actions))
 
 
-def resets(env: point.PointMaze, count: int) -> envs.State:
+def resets(env: point.PointMaze, count: int) -> envs.GoalState:
     return jax.device_get(jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(1), count)))
 
 

@@ -1,12 +1,16 @@
 """Every task by its name, and the page that describes them."""
 
+import contextlib
 import csv
+import importlib
 import re
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from stubs import Sizes
 
 import envs
 from envs import mazes
@@ -63,10 +67,9 @@ def test_sizes_are_the_published_ones_and_those_of_the_states(name):
     state = jax.eval_shape(env.reset, jax.random.key(0))
     after = jax.eval_shape(env.step, state, jax.ShapeDtypeStruct((action,), jnp.float32))
     for now in (state, after):
-        assert (now.observation.shape, now.goal.shape) == ((observation,), (goal,))
-        assert (now.reward.shape, now.terminated.shape, now.terminated.dtype) == ((), (), bool)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        chex.assert_shape([now.observation, now.goal, now.reward, now.terminated], [(observation,), (goal,), (), ()])
+        chex.assert_type(now.terminated, bool)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert jax.eval_shape(env.sample_goal, jax.random.key(0)).shape == (goal,)
     if env.maze:
         placed = jax.eval_shape(env.place, jnp.zeros(2), jnp.zeros(2))
@@ -109,6 +112,66 @@ def test_options_are_those_of_the_class_and_wrong_ones_are_refused_in_one_line()
         with pytest.raises(ValueError) as error:
             envs.make(name, **options)
         assert str(error.value) == complaint
+
+
+KINDS = {
+    "point_u_maze": envs.GoalEnv,
+    "minicraft": envs.AchievementEnv,
+    "point_goal": envs.TaskFamily,
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_environment_has_one_kind_and_its_states_have_that_kinds_fields(name):
+    env = envs.make_kind(name, KINDS[name])
+    assert env.name == name and [kind for kind in KINDS.values() if isinstance(env, kind)] == [KINDS[name]]
+    fields = {"goal", "task", "achievements"} & set(jax.eval_shape(env.reset, jax.random.key(0))._fields)
+    assert fields == {{"point_u_maze": "goal", "minicraft": "achievements", "point_goal": "task"}[name]}
+    assert hasattr(env, "goal_indices") == hasattr(env, "success_radius") == (name == "point_u_maze")
+
+
+def test_make_kind_takes_every_name_as_what_its_class_is(monkeypatch):
+    monkeypatch.setattr(envs, "make", lambda name: Sizes(1, 1, 1))
+    for name in envs.names():
+        module, _, attribute = envs._class_and_arguments(name)[0].rpartition(".")
+        env_class = getattr(importlib.import_module(module), attribute)
+        for kind in KINDS.values():
+            refused = contextlib.nullcontext() if issubclass(env_class, kind) else pytest.raises(ValueError, match=name)
+            with refused:
+                envs.make_kind(name, kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "complaint"),
+    [
+        ("minicraft", envs.GoalEnv, "has no goals to reach; it is for ppo_ad.py"),
+        ("point_goal", envs.GoalEnv, "has no goals to reach; it is for cocoa.py"),
+        ("ant_u_maze", envs.AchievementEnv, "has no achievements to unlock; take one of {games}, or run crl.py"),
+        ("point_goal", envs.AchievementEnv, "has no achievements to unlock; take one of {games}, or run cocoa.py"),
+        ("half_cheetah", envs.TaskFamily, "is not a task family; take one of {families}"),
+        ("minicraft", envs.TaskFamily, "is not a task family; take one of {families}"),
+    ],
+)
+def test_an_environment_of_another_kind_is_refused_in_one_line(name, kind, complaint, monkeypatch):
+    """Before its file is imported, which takes seconds."""
+    monkeypatch.setattr(envs, "importlib", None)
+    complaint = complaint.format(games=", ".join(envs.WITH_ACHIEVEMENTS), families=", ".join(envs.FAMILIES))
+    with pytest.raises(ValueError) as error:
+        envs.make_kind(name, kind)
+    assert str(error.value) == f"{name} {complaint}"
+
+
+def test_an_unknown_name_is_no_environment_of_another_kind_and_options_are_those_of_make():
+    with pytest.raises(
+        ValueError, match=r"^unknown environment 'craftax_pixels'; did you mean .*craftax_classic_pixels"
+    ):
+        envs.make_kind("craftax_pixels", envs.AchievementEnv)
+    with pytest.raises(ValueError, match=r"^minicraft has no option 'size'; it has none$"):
+        envs.make_kind("minicraft", envs.AchievementEnv, size=3)
+    for option in ("name", "kind"):  # no clash with the functions' own arguments
+        with pytest.raises(ValueError, match=rf"^reacher has no option '{option}'; it has none$"):
+            envs.make_kind("reacher", envs.GoalEnv, **{option: 1})
+    assert envs.make_kind("humanoid_u_maze", envs.GoalEnv, goal_in_state=False).observation_size == 246
 
 
 @pytest.mark.parametrize("name", [name for name in {**PAPER, **OTHERS} if name in ROWS])

@@ -1,12 +1,13 @@
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
-from envs import Env, State, VectorEnv
+from envs import GoalEnv, GoalState, VectorEnv
 
 LIMIT = 6
 
@@ -16,7 +17,7 @@ class Position(NamedTuple):
     goal: jax.Array
 
 
-class Walk(Env):
+class Walk(GoalEnv):
     """Starts at x in [0, 1), moves by the action, ends beyond 3; observation (x, 10 x), reward x."""
 
     name = "walk"
@@ -35,7 +36,7 @@ class Walk(Env):
 
     def _state(self, physics, reward):
         observation = jnp.stack([physics.x, 10 * physics.x])
-        return State(physics, observation, physics.goal, reward, physics.x > 3)
+        return GoalState(physics, observation, physics.goal, reward, physics.x > 3)
 
     def sample_goal(self, key):
         return jax.random.uniform(key, (1,), minval=3.0, maxval=4.0)
@@ -63,18 +64,22 @@ def starts_of_episodes(goals: str, num_envs: int, episodes: int):
     for _ in range(episodes):
         seen.append((state.env.physics.x, state.env.goal[:, 0]))
         for _ in range(LIMIT):
-            state, _ = step(state, jnp.zeros((num_envs, 1)))
+            state, *_ = step(state, jnp.zeros((num_envs, 1)))
     return map(np.stack, zip(*seen))
 
 
 def test_terminal_observation_is_kept_and_the_state_goes_on_from_the_reset():
     step, state = start(2, "fixed")
-    first = np.asarray(state.env.observation)
-    state, transition = step(at(state, [2.5, 1.0]), jnp.ones((2, 1)))
-    np.testing.assert_array_equal(transition.observation, [[2.5, 25], [1, 10]])
-    np.testing.assert_array_equal(transition.next_observation, [[3.5, 35], [2, 20]])
-    np.testing.assert_array_equal(transition.reward, [3.5, 2])
-    np.testing.assert_array_equal(transition.terminated, [True, False])
+    first, goal = np.asarray(state.env.observation), np.asarray(state.env.goal)
+    before = at(state, [2.5, 1.0])
+    np.testing.assert_array_equal(before.env.observation, [[2.5, 25], [1, 10]])
+    state, after, truncated = step(before, jnp.ones((2, 1)))
+    np.testing.assert_array_equal(after.observation, [[3.5, 35], [2, 20]])
+    np.testing.assert_array_equal(after.physics.x, [3.5, 2])
+    np.testing.assert_array_equal(after.goal, goal)
+    np.testing.assert_array_equal(after.reward, [3.5, 2])
+    np.testing.assert_array_equal(after.terminated, [True, False])
+    assert not truncated.any()
     np.testing.assert_array_equal(state.env.observation, [first[0], [2, 20]])
     np.testing.assert_array_equal(state.env.terminated, [False, False])
     np.testing.assert_array_equal(state.env.reward, [0, 2])
@@ -85,9 +90,9 @@ def test_time_limit_truncates_and_does_not_terminate():
     step, state = start(3, "resampled")
     flags = []
     for _ in range(2 * LIMIT):
-        state, transition = step(state, jnp.zeros((3, 1)))
-        flags.append(np.asarray(transition.truncated))
-        assert not transition.terminated.any()
+        state, after, truncated = step(state, jnp.zeros((3, 1)))
+        flags.append(np.asarray(truncated))
+        assert not after.terminated.any()
     expected = ([False] * (LIMIT - 1) + [True]) * 2
     np.testing.assert_array_equal(np.array(flags), np.array(expected)[:, None].repeat(3, axis=1))
 
@@ -95,11 +100,11 @@ def test_time_limit_truncates_and_does_not_terminate():
 def test_termination_at_the_time_limit_is_no_truncation():
     step, state = start(2, "resampled")
     for _ in range(LIMIT - 1):
-        state, transition = step(state, jnp.zeros((2, 1)))
-        assert not (transition.terminated | transition.truncated).any()
-    state, transition = step(at(state, [2.5, 0.5]), jnp.ones((2, 1)))
-    np.testing.assert_array_equal(transition.terminated, [True, False])
-    np.testing.assert_array_equal(transition.truncated, [False, True])
+        state, after, truncated = step(state, jnp.zeros((2, 1)))
+        assert not (after.terminated | truncated).any()
+    state, after, truncated = step(at(state, [2.5, 0.5]), jnp.ones((2, 1)))
+    np.testing.assert_array_equal(after.terminated, [True, False])
+    np.testing.assert_array_equal(truncated, [False, True])
     np.testing.assert_array_equal(state.steps, [0, 0])
 
 
@@ -127,23 +132,23 @@ def test_vector_env_equals_a_loop_over_single_environments(goals, fresh_worlds):
     x, goal, clock = first_x.copy(), first_goal.copy(), [0] * num_envs
     ends = {"terminated": 0, "truncated": 0, "terminated at the limit": 0}
     for t in range(length):
-        state, transition = step(state, actions[t])
-        transition = jax.tree.map(np.asarray, transition)
-        now = jax.tree.map(np.asarray, state.env)
+        before = np.asarray(state.env.observation)
+        state, after, cut = step(state, actions[t])
+        after, cut, now = jax.tree.map(np.asarray, (after, cut, state.env))
         for i in range(num_envs):
-            before, x[i] = x[i], x[i] + actions[t, i, 0]
+            np.testing.assert_array_equal(before[i], np.float32([x[i], 10 * x[i]]))
+            x[i] += actions[t, i, 0]
             clock[i] += 1
             terminated = bool(x[i] > 3)
             truncated = not terminated and clock[i] == LIMIT
             ends["terminated"] += terminated
             ends["truncated"] += truncated
             ends["terminated at the limit"] += terminated and clock[i] == LIMIT
-            np.testing.assert_array_equal(transition.observation[i], np.float32([before, 10 * before]))
-            np.testing.assert_array_equal(transition.action[i], actions[t, i])
-            np.testing.assert_array_equal(transition.next_observation[i], np.float32([x[i], 10 * x[i]]))
-            assert transition.reward[i] == x[i]
-            assert transition.terminated[i] == terminated
-            assert transition.truncated[i] == truncated
+            np.testing.assert_array_equal(after.observation[i], np.float32([x[i], 10 * x[i]]))
+            np.testing.assert_array_equal(after.goal[i], goal[i])
+            assert after.reward[i] == x[i]
+            assert after.terminated[i] == terminated
+            assert cut[i] == truncated
             if terminated or truncated:
                 clock[i] = 0
                 if goals == "fixed":
@@ -186,9 +191,9 @@ def test_every_ended_copy_gets_the_reset_of_its_own_key(fresh_worlds):
     step = jax.jit(VectorEnv(Walk(), 5, LIMIT, fresh_worlds=fresh_worlds).step)
     for ended in ENDED:
         before, action = ending(ended)
-        state, transition = step(before, action)
-        assert np.flatnonzero(transition.terminated).tolist() == ended
-        np.testing.assert_array_equal(transition.next_observation[:, 0], before.env.physics.x + action[:, 0])
+        state, after, _ = step(before, action)
+        assert np.flatnonzero(after.terminated).tolist() == ended
+        np.testing.assert_array_equal(after.observation[:, 0], before.env.physics.x + action[:, 0])
         np.testing.assert_array_equal(state.steps, [0 if i in ended else 1 for i in range(5)])
         for i in range(5):
             now = jax.tree.map(lambda x, i=i: x[i], state)
@@ -215,10 +220,12 @@ def test_few_fresh_worlds_at_a_time_under_vmap():
 def test_state_can_be_donated(goals, fresh_worlds):
     vector = VectorEnv(Walk(), 4, LIMIT, goals, fresh_worlds)
     step = jax.jit(vector.step, donate_argnums=0)
-    state = jax.jit(vector.reset)(jax.random.key(0))
+    state, after = jax.jit(vector.reset)(jax.random.key(0)), None
     for _ in range(2 * LIMIT):
-        state, _ = step(state, jnp.ones((4, 1)))
-    assert np.isfinite(state.env.observation).all()
+        before, (state, after, _) = after, step(state, jnp.ones((4, 1)))
+        if before:  # it outlives the donated state that it came with
+            chex.assert_tree_all_finite(before)
+    chex.assert_tree_all_finite(state.env)
 
 
 def test_unknown_goals_value_is_refused():
