@@ -51,10 +51,10 @@ class RobotFamily(MjxRobot, TaskFamily):
         noise = jax.random.uniform(
             q_key, self.start_position.shape, minval=-self.position_noise, maxval=self.position_noise
         )
-        qvel = self.draw_velocity(qd_key)
+        qvel = self.sample_velocity(qd_key)
         return self.state_at(jnp.asarray(self.start_position) + noise, qvel, self.sample_task(task_key))
 
-    def draw_velocity(self, key: Key[Array, ""]) -> Float[Array, " velocities"]:
+    def sample_velocity(self, key: Key[Array, ""]) -> Float[Array, " velocities"]:
         return self.velocity_noise * jax.random.normal(key, (self.model.nv,))
 
     def state_at(
@@ -253,7 +253,7 @@ class HumanoidDir(RobotFamily):
         super().__init__(model, 5)
         self.start_position = np.asarray(model.qpos0, np.float32)
 
-    def draw_velocity(self, key: Key[Array, ""]) -> Float[Array, "23"]:
+    def sample_velocity(self, key: Key[Array, ""]) -> Float[Array, "23"]:
         return jax.random.uniform(key, (23,), minval=-self.position_noise, maxval=self.position_noise)
 
     def sample_task(self, key: Key[Array, ""]) -> Float[Array, "1"]:
@@ -315,7 +315,7 @@ class WalkerParams(RobotFamily):
         model.opt.timestep, model.opt.ls_iterations = 0.004, LS_ITERATIONS
         super().__init__(model, 4)
 
-    def draw_velocity(self, key: Key[Array, ""]) -> Float[Array, "9"]:
+    def sample_velocity(self, key: Key[Array, ""]) -> Float[Array, "9"]:
         return jax.random.uniform(key, (9,), minval=-self.position_noise, maxval=self.position_noise)
 
     def sample_task(self, key: Key[Array, ""]) -> Float[Array, "65"]:
