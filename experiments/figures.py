@@ -13,6 +13,7 @@ import io
 import json
 import re
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -253,9 +254,8 @@ def what_pictures_show() -> dict:
 
 def saved(draw, *data) -> bytes:
     """What a function of shared/pictures.py that draws in the U puts into a file."""
-    file = io.BytesIO()
-    draw(envs.make("point_u_maze"), *data, file)
-    return file.getvalue()
+    with tempfile.TemporaryDirectory() as folder:
+        return draw(envs.make("point_u_maze"), *data, Path(folder, "picture.png")).read_bytes()
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------
