@@ -3,7 +3,6 @@
 import re
 import signal
 
-import commands
 import pytest
 from commands import Script, metrics
 
@@ -23,11 +22,6 @@ ROBOT = [
     *("--replay_size=20000", "--eval_every=400", "--checkpoint_every=80"),
 ]
 FIGURES = {"curve.png", "embedding.png"}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return commands.cache(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

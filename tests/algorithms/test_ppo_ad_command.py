@@ -5,7 +5,6 @@ import re
 import signal
 from pathlib import Path
 
-import commands
 import numpy as np
 import pytest
 from commands import Script, metrics
@@ -20,16 +19,11 @@ TINY = [
     *("--num_eval_envs=4", "--eval_every=480", "--checkpoint_every=240"),
 ]
 SMALL_ENCODER = [
-    *("--channels=2", "--dense_size=16", "--latent_size=16", "--unroll_length=50", "--num_minibatches=2"),
+    *("--channels=2", "--dense_size=16", "--latent_size=16", "--unroll_length=64", "--num_minibatches=2"),
     *("--update_epochs=1", "--auxiliary_every=4", "--auxiliary_epochs=1", "--num_targets=2", "--episode_length=40"),
     *("--num_eval_envs=4", "--eval_every=1000", "--checkpoint_every=400"),
 ]
 FIGURES = {"curve.png", "achievements.png", "rollout.gif"}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return commands.cache(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
