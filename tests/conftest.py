@@ -1,7 +1,11 @@
-"""Shapes and dtypes of the annotations are checked while the tests run. Files with slow tests come first."""
+"""Shapes and dtypes of the annotations are checked while the tests run. Files that take long come first."""
 
+import os
 from collections import Counter
 
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 install_import_hook(["envs", "shared", "algorithms"], "beartype.beartype")
@@ -10,4 +14,25 @@ install_import_hook(["envs", "shared", "algorithms"], "beartype.beartype")
 def pytest_collection_modifyitems(items):
     # else one of the processes is left with minutes of them at the end
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: (-slow[item.path], -item.path.stat().st_size, item.path))
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """The folder in which all processes of this session keep compiled programs; it begins empty."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
+
+
+@pytest.fixture(scope="session")
+def cache(compiled):
+    """Environment variables by which scripts share compiled programs, where nothing hangs on compiling anew."""
+    return {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def share_compiled(compiled):
+    """The tests' own processes share theirs too: two tests often compile the same program."""
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    compilation_cache.reset_cache()  # else a program compiled while the tests were collected decides that there is none

@@ -4,7 +4,6 @@ import re
 import signal
 from functools import partial
 
-import commands
 import jax
 import pytest
 from commands import Script, metrics
@@ -27,11 +26,6 @@ ROBOT = [
     *("--replay_size=20000", "--eval_every=400", "--checkpoint_every=80"),
 ]
 FIGURES = {"curve.png", "embedding.png"}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return commands.cache(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

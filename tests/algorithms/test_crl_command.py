@@ -5,7 +5,6 @@ import re
 import signal
 from functools import partial
 
-import commands
 import jax
 import pytest
 from commands import Script, metrics
@@ -23,11 +22,6 @@ TINY = [
 
 SCRIPT = Script(crl)
 run_to_end, start_and_signal = SCRIPT.run, SCRIPT.signalled
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return commands.cache(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +85,9 @@ def test_without_the_replay_in_its_checkpoint_a_run_refills_it_and_says_so(refer
     assert [row["env_steps"] for row in metrics(small)] == [row["env_steps"] for row in metrics(folder / "whole")]
 
 
-def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, cache):
     flags = [*TINY, "--total_env_steps=4000", "--critic_lr=1e38", f"--run_dir={tmp_path / 'r'}"]
-    done = run_to_end(*flags, cwd=tmp_path, code=2)
+    done = run_to_end(*flags, cwd=tmp_path, code=2, env=cache)
     assert re.search(r"^error: (train/\w+_loss is|a parameter is not) .* gradient step \d+", done.stderr, re.MULTILINE)
     assert list((tmp_path / "r" / "checkpoints").glob("*.eqx"))
 
@@ -139,17 +133,18 @@ def test_a_run_whose_learning_rates_have_fallen_does_not_go_on(reference, tmp_pa
         ["--goals=fixed", "--relabel=published", "--dtype=bfloat16", "--energy=cosine", "--loss=sym_infonce"],
     ],
 )
-def test_settings_run_from_any_folder_with_finite_losses(flags, tmp_path):
-    run_to_end(*TINY, "--total_env_steps=400", *flags, cwd=tmp_path)
+def test_settings_run_from_any_folder_with_finite_losses(flags, tmp_path, cache):
+    run_to_end(*TINY, "--total_env_steps=400", *flags, cwd=tmp_path, env=cache)
     (folder,) = (tmp_path / "runs" / "crl" / "point_u_maze").iterdir()
     assert re.fullmatch(r"0-\d{8}-\d{6}", folder.name)
     assert all(abs(float(row["train/critic_loss"])) < 1e6 for row in metrics(folder))
 
 
 @pytest.mark.slow
-def test_the_ant_trains_evaluates_and_renders(tmp_path):
+def test_the_ant_trains_evaluates_and_renders(tmp_path, cache):
     folder = tmp_path / "ant"
-    run_to_end(*TINY, "--env=ant_u_maze", "--depth=64", "--total_env_steps=400", f"--run_dir={folder}", cwd=tmp_path)
+    flags = [*TINY, "--env=ant_u_maze", "--depth=64", "--total_env_steps=400"]
+    run_to_end(*flags, f"--run_dir={folder}", cwd=tmp_path, env=cache)
     last = metrics(folder)[-1]
     assert float(last["eval/far/distance"]) > 0.5
     page = (folder / "rollout.html").read_text()
