@@ -27,6 +27,7 @@ import numpy as np
 
 import figures
 import measure
+import probe_embedding
 from algorithms import crl
 from shared import evaluation, pictures, run
 
@@ -78,6 +79,8 @@ RUNS = {
 }
 """Name of the CSV -> the command, a script of algorithms/ and its flags."""
 
+PROBED = ("point_goal_probe", "point_goal_probe_pearl")
+"""Runs of cocoa.py whose embedding is probed (experiments/probe_embedding.py)."""
 PICTURES = ("point_u_maze",)
 """Runs whose pictures are shown too."""
 KEPT = ("train/return", "train/episode_length", "train/episodes", "train/score")
@@ -103,6 +106,11 @@ def publish(name: str, folder) -> None:
     rows = [row for row in rows if any(row[column] for column in row if column.startswith("eval/"))]
     if not rows:
         raise SystemExit(f"error: the run in {folder} was not evaluated yet; go on with it, or lower --eval_every")
+    if name in PROBED:  # of the agents at the end of the run
+        tells = probe_embedding.measure(folder)
+        for row in rows:
+            last = row["env_steps"] == rows[-1]["env_steps"]
+            row["eval/probe_r2"] = f"{tells[int(row['seed'])]:.9g}" if last else ""
     columns = [column for column in rows[0] if column in KEPT or not column.startswith(("train/", "auxiliary/"))]
     measure.write(name, json.dumps(provenance(folder)), [{column: row[column] for column in columns} for row in rows])
 

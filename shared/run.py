@@ -468,6 +468,7 @@ class Run:
 
         A dict among its results holds metrics; their names become columns of metrics.csv.
         """
+        self.exit_if_stopping()
         self.progress.show(f"compiling {name}")
         start = time.monotonic()
         traced = self.over_seeds(function, donate).trace(*shapes)
