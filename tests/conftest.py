@@ -27,7 +27,7 @@ def compiled(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cache(compiled):
     """Environment variables by which scripts share compiled programs, where nothing hangs on compiling anew."""
-    return {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 @pytest.fixture(scope="session", autouse=True)
