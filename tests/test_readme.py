@@ -20,7 +20,9 @@ SHOWN = "episodes that reach their goal: uniform goals"
 
 
 @pytest.fixture
-def clone(tmp_path):
+def clone(tmp_path, cache, monkeypatch):
+    for name, value in cache.items():
+        monkeypatch.setenv(name, value)
     for folder in ("algorithms", "envs", "shared"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "pictures"))
     return tmp_path
