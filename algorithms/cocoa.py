@@ -23,6 +23,7 @@ published settings. Results, metrics and details: algorithms/cocoa.md.
 import dataclasses
 import math
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import equinox as eqx
@@ -826,7 +827,7 @@ def draw(config: Config, family: TaskFamily, agent: Agent, tasks: Float[Array, "
     log.print(f"adapted agent   {family.render(states, str(log.folder / 'rollout'))}")
 
 
-def load(folder: str, seed: int | None = None) -> tuple[Config, TaskFamily, Agent]:
+def load(folder: str | Path, seed: int | None = None) -> tuple[Config, TaskFamily, Agent]:
     """Settings, task family and networks of a run, of its first seed or another; only reads (see the README)."""
     config = run.load_config(Config, folder)
     family = run.make_env(config.env, TaskFamily, config.env_options)

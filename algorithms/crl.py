@@ -20,6 +20,7 @@ paper's hyperparameters. Results, metrics and details: algorithms/crl.md.
 import dataclasses
 import math
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import jax
@@ -515,7 +516,7 @@ def train(config: Config, env: GoalEnv, far_env: GoalEnv | None, log: run.Run) -
     return jax.tree.map(lambda x: x[0], state.agent)
 
 
-def load(folder: str, seed: int | None = None) -> tuple[Config, GoalEnv, Agent]:
+def load(folder: str | Path, seed: int | None = None) -> tuple[Config, GoalEnv, Agent]:
     """Settings, environment and networks of a run, of its first seed or another; only reads (see the README)."""
     config = run.load_config(Config, folder)
     env, _ = evaluation.make_envs(config)

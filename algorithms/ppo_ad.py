@@ -22,6 +22,7 @@ paper's hyperparameters. Results, metrics and details: algorithms/ppo_ad.md.
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import equinox as eqx
@@ -1263,7 +1264,7 @@ def record_episodes(config: Config, vector: VectorEnv, agent: Agent, key: Key[Ar
     return jax.lax.scan(body, start_acting(config, vector, start_key), keys)[1]
 
 
-def load(folder: str, seed: int | None = None) -> tuple[Config, AchievementEnv, Agent]:
+def load(folder: str | Path, seed: int | None = None) -> tuple[Config, AchievementEnv, Agent]:
     """Settings, environment and networks of a run, of its first seed or another; only reads (see the README)."""
     config = run.load_config(Config, folder)
     env = run.make_env(config.env, AchievementEnv, config.env_options)

@@ -8,6 +8,7 @@ It is fitted on the train tasks and scored on the test tasks, which are met as i
 
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from envs import TaskFamily
 from shared import run
 
 
-def measure(folder: str) -> dict[int, float]:
+def measure(folder: str | Path) -> dict[int, float]:
     """Seed -> R2 of a run that has ended; UserError if there is none in the folder, or one that is told its tasks."""
     config = run.load_config(cocoa.Config, folder)
     run.need(config.context == "encoder", f"the run in {folder} has no embedding: it is told its tasks")

@@ -6,6 +6,8 @@ import signal
 from functools import partial
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from commands import Script, metrics
 
@@ -96,14 +98,16 @@ def test_a_loaded_agent_is_the_runs(reference):
     """Scored under the keys of the last evaluation, the loaded agents have its scores; loading changes nothing."""
     folder = reference[0] / "whole"
     contents = lambda: {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
-    before, rows = contents(), metrics(folder)
-    for seed in (0, 1):
-        config, env, agent = crl.load(folder, seed)
-        (row,) = [row for row in rows[-2:] if int(row["seed"]) == seed]
-        key = jax.random.fold_in(run.evaluation_key(jax.random.key(seed)), int(row["gradient_steps"]))
-        scores = jax.jit(partial(crl.evaluate, config, env, envs.make("point_u_maze_eval")))(agent, key)
-        for name, score in scores.items():
-            assert float(row[name]) == pytest.approx(float(score), rel=1e-4), name
+    before, rows = contents(), metrics(folder)[-2:]
+    (config, env, _), _ = loaded = [crl.load(folder, int(row["seed"])) for row in rows]
+    agents = jax.tree.map(lambda *x: jnp.stack(x), *(agent for *_, agent in loaded))
+    key = lambda row: jax.random.fold_in(
+        run.evaluation_key(jax.random.key(int(row["seed"]))), int(row["gradient_steps"])
+    )
+    score = partial(crl.evaluate, config, env, envs.make("point_u_maze_eval"))
+    scores = jax.jit(jax.vmap(score))(agents, jnp.stack([key(row) for row in rows]))
+    for name, values in scores.items():
+        np.testing.assert_allclose(values, [float(row[name]) for row in rows], rtol=1e-5, err_msg=name)
     assert contents() == before
     with pytest.raises(run.UserError, match="seed is 2"):
         crl.load(folder, 2)

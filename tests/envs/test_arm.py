@@ -237,7 +237,7 @@ def test_leaving_out_contact_points_changes_nothing(throws):
     states = rollout(env)(throws.qpos, throws.actions[:, :20], throws.qvel)
     difference = np.abs(states.observation - throws.states.observation[:, :20])
     assert difference[:8].max() < 1e-3
-    # rounding grows where an arm pushes, on some processors more than on others: as much as a cube moved by a micrometre
+    # rounding grows where an arm pushes, how much depends on the processor: as if the cube were moved by a micrometre
     nudged = throws.run(throws.qpos + 1e-6 * np.eye(env.model.nq)[0], throws.actions, throws.qvel)
     rounding = np.abs(nudged.observation - throws.states.observation)[8:, :5].max()
     assert difference[8:, :5].max() < max(2e-3, 2 * rounding) < 0.01
