@@ -27,7 +27,6 @@ import numpy as np
 
 import figures
 import measure
-import probe_embedding
 from algorithms import crl
 from shared import evaluation, pictures, run
 
@@ -45,9 +44,6 @@ def _study(maze: str = "u4", flags: str = "") -> str:
 def _point_goal(flags: str = "") -> str:
     return f"cocoa.py --num_seeds 3 {flags}".rstrip()
 
-
-_PROBE = "--num_test_tasks 100 --prior_steps 80 --posterior_steps 0 --extra_steps 40 --exploration_episodes 3"
-_PROBE = f"cocoa.py --num_seeds 5 {_PROBE} --eval_episodes 4"
 
 RUNS = {
     "point_u_maze": "crl.py --num_seeds 5",
@@ -71,16 +67,12 @@ RUNS = {
     "point_goal_pearl": _point_goal("--contrastive=false"),
     "point_goal_oracle": _point_goal("--context=oracle"),
     "point_goal_published_evaluation": _point_goal("--exploration_episodes 1 --eval_episodes 3"),
-    "point_goal_probe": _PROBE,
-    "point_goal_probe_pearl": f"{_PROBE} --contrastive=false",
     "sparse_point_goal": "cocoa.py --env sparse_point_goal --num_seeds 3",
     "sparse_point_goal_pearl": "cocoa.py --env sparse_point_goal --num_seeds 3 --contrastive=false",
     "sparse_point_goal_oracle": "cocoa.py --env sparse_point_goal --num_seeds 3 --context=oracle",
 }
 """Name of the CSV -> the command, a script of algorithms/ and its flags."""
 
-PROBED = ("point_goal_probe", "point_goal_probe_pearl")
-"""Runs of cocoa.py whose embedding is probed (experiments/probe_embedding.py)."""
 PICTURES = ("point_u_maze",)
 """Runs whose pictures are shown too."""
 KEPT = ("train/return", "train/episode_length", "train/episodes", "train/score")
@@ -106,11 +98,6 @@ def publish(name: str, folder) -> None:
     rows = [row for row in rows if any(row[column] for column in row if column.startswith("eval/"))]
     if not rows:
         raise SystemExit(f"error: the run in {folder} was not evaluated yet; go on with it, or lower --eval_every")
-    if name in PROBED:  # of the agents at the end of the run
-        tells = probe_embedding.measure(folder)
-        for row in rows:
-            last = row["env_steps"] == rows[-1]["env_steps"]
-            row["eval/probe_r2"] = f"{tells[int(row['seed'])]:.9g}" if last else ""
     columns = [column for column in rows[0] if column in KEPT or not column.startswith(("train/", "auxiliary/"))]
     measure.write(name, json.dumps(provenance(folder)), [{column: row[column] for column in columns} for row in rows])
 

@@ -105,7 +105,8 @@ def test_a_published_run_has_all_its_seeds_and_steps(name):
 
 
 MEASURED = [table.args[0] for table in figures.TABLES.values() if isinstance(table, functools.partial)]
-OTHER_CSVS = {"cocoa_choices", "crafter_envs_cpu", "random_craftax", "random_crafter", "random_points"}
+OTHER_CSVS = {"point_goal_probe", "point_goal_probe_pearl"}  # when cocoa.py itself measured the probe, by --probe
+OTHER_CSVS |= {"cocoa_choices", "crafter_envs_cpu", "random_craftax", "random_crafter", "random_points"}
 
 
 @pytest.mark.parametrize("name", MEASURED)
