@@ -25,7 +25,7 @@ import numpy as np
 import measure
 from algorithms import cocoa, crl, ppo_ad
 from envs import AchievementEnv, GoalEnv, GoalState, TaskFamily
-from shared import evaluation, run
+from shared import evaluation, networks, run
 from shared import replay as buffer
 
 DEPTHS = (4, 16, 64, 256, 1024)
@@ -59,7 +59,7 @@ def gradient_step_inputs(depth: int, **settings) -> tuple[crl.Config, GoalEnv, c
 
 def one_depth(depth: int) -> dict:
     config, env, state = gradient_step_inputs(depth)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves((state.agent.actor, state.agent.critic)))
+    parameters = networks.count_parameters((state.agent.actor, state.agent.critic))
     step = jax.jit(partial(crl.update, config, env), donate_argnums=0)
     compile_seconds, step = measure.compiled(step, state, jax.random.key(0))
     rounds = 21 if depth <= 64 else 6 if depth == 256 else 4
