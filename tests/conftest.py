@@ -30,6 +30,15 @@ def cache(compiled):
     return {"JAX_COMPILATION_CACHE_DIR": str(compiled), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile(request):
+    """Programs that run for a moment are compiled with few optimisations, in half the time.
+
+    Modules whose programs run for long say OPTIMISED.
+    """
+    jax.config.update("jax_disable_most_optimizations", not hasattr(request.module, "OPTIMISED"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def share_compiled(compiled):
     """The tests' own processes share theirs too: two tests often compile the same program."""

@@ -21,7 +21,7 @@ SHOWN = "episodes that reach their goal: uniform goals"
 
 @pytest.fixture
 def clone(tmp_path, cache, monkeypatch):
-    for name, value in cache.items():
+    for name, value in (cache | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}).items():
         monkeypatch.setenv(name, value)
     for folder in ("algorithms", "envs", "shared"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "pictures"))

@@ -14,6 +14,8 @@ from envs import TaskFamily, TaskState
 from envs.point import PointGoal
 from shared import run
 
+OPTIMISED = True
+
 
 def trained(config, family, number=None):
     """The state of the first seed after so many iterations; by default the whole run."""

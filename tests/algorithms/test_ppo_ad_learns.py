@@ -12,6 +12,8 @@ from algorithms import ppo_ad
 from envs import AchievementEnv, AchievementState, minicraft
 from shared import run
 
+OPTIMISED = True
+
 SMALL = dict(dense_size=16, latent_size=16, learning_rate=3e-3, num_minibatches=2, num_envs=16, discount=0.9)
 
 
