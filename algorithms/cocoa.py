@@ -802,7 +802,7 @@ def train(config: Config, family: TaskFamily, log: run.Run) -> None:
         if log.evaluates(state):
             metrics |= score(state.agent, state.test_tasks, log.evaluation_keys(state))
         log.end_chunk(state, metrics)
-    draw(config, family, *jax.tree.map(lambda x: x[0], (state.agent, state.test_tasks)), log)
+    draw(config, family, *run.one_seed((state.agent, state.test_tasks)), log)
 
 
 FILM_TASKS = 6

@@ -513,7 +513,7 @@ def train(config: Config, env: GoalEnv, far_env: GoalEnv | None, log: run.Run) -
         if log.evaluates(state):
             metrics |= score(state.agent, log.evaluation_keys(state))
         log.end_chunk(state, metrics)
-    return jax.tree.map(lambda x: x[0], state.agent)
+    return run.one_seed(state.agent)
 
 
 def load(folder: str | Path, seed: int | None = None) -> tuple[Config, GoalEnv, Agent]:

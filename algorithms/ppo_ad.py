@@ -21,6 +21,8 @@ paper's hyperparameters. Results, metrics and details: algorithms/ppo_ad.md.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -28,6 +30,7 @@ from typing import Annotated, Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from annotated_types import Interval
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
@@ -35,7 +38,7 @@ from ott.geometry.geometry import Geometry
 
 from envs import AchievementEnv, VectorEnv, VectorState
 from shared import pictures, run
-from shared.networks import Dense, ImpalaCNN, NormedDense, VectorEncoder, unit_weights
+from shared.networks import Dense, ImpalaCNN, NormedMLP, VectorEncoder
 from shared.run import Count, Fraction, Positive, Share, Steps, Weight
 
 # ---- config -------------------------------------------------------------------------------------------------------
@@ -69,8 +72,7 @@ class Config(run.RunConfig):
     gae_lambda: Share = 0.65
     """Lambda of generalised advantage estimation."""
     bootstrap_time_limit: bool = False
-    """At the time limit, continue the return with the value of the last state. Without, as published, the time limit
-    counts as the end of all rewards."""
+    """At the time limit, continue the return with the value of the last state; as published, it ends all rewards."""
     update_epochs: Count = 3
     """Passes of PPO over a rollout."""
     num_minibatches: Count = 8
@@ -86,8 +88,7 @@ class Config(run.RunConfig):
     max_gradient_norm: Positive = 0.5
     """A gradient whose norm over all parameters is larger is scaled down to this."""
     distill: bool = True
-    """Achievement distillation: the memory and the auxiliary phase. Without, this is PPO, and --prediction, --matching
-    and --memory have no effect."""
+    """Memory and auxiliary phase. Without, this is PPO, and --prediction, --matching and --memory have no effect."""
     prediction: bool = True
     """Intra-trajectory achievement prediction in the auxiliary phase."""
     matching: bool = True
@@ -104,13 +105,10 @@ class Config(run.RunConfig):
     """Divides the inner products in both contrastive losses."""
     num_targets: Count = 16
     """Episodes that each episode is matched with."""
-    transport: Literal["sinkhorn", "dykstra"] = "sinkhorn"
-    """Solver of the partial optimal transport: converging scalings on ott-jax, or step by step that of the published
-    code. Their matches agree in 95 to 100 of 100 instances."""
     transport_epsilon: Positive = 0.05
     """Weight of the entropy in the transport problem, in units of the cost (1 - cosine)."""
-    transport_iterations: Count | None = None
-    """Iterations of the solver; by default 200 of sinkhorn, and 100 of dykstra, as published."""
+    transport_iterations: Count = 200
+    """Iterations of Sinkhorn's algorithm. The published solver, a slower one, makes 100."""
     match_threshold: Annotated[float, Interval(ge=0.5, lt=1), "so that matches are one to one"] = 0.5
     """Two achievements match if the transport plan moves more than this from one to the other."""
     policy_regulariser: Weight = 1.0
@@ -118,9 +116,7 @@ class Config(run.RunConfig):
     value_regulariser: Weight = 1.0
     """Weight, in the auxiliary losses, of the value's squared error."""
     variant: Literal["code", "paper"] = "code"
-    """Where the published code and the text differ (page, deviations): divergence KL(new || old) and value error from
-    the returns, negatives of matching any achievement; or KL(old || new), half the squared change of the value,
-    negatives unmatched achievements."""
+    """Where the published code and the text differ: regularisers and negatives of matching (page, deviations)."""
     channels: Count = 64
     """Channels of the image encoder's first stack; its other two have twice as many."""
     dense_size: Count = 256
@@ -133,18 +129,12 @@ class Config(run.RunConfig):
     """Environment steps between evaluations; the end of the run always has one."""
     checkpoint_every: Count = 200_000
     """Environment steps between checkpoints; the beginning and the end always have one."""
-    probe: bool = False
-    """At each evaluation, also fit a linear classifier of the next achievement to the frozen encoder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Operands of the encoder's products and convolutions; on a GPU the convolutions' results are rounded to it too."""
 
 
 def check(config: Config) -> None:
     """UserError, in one line, if settings cannot work together."""
-    run.need(
-        config.num_eval_envs >= 2 or not config.probe,
-        "num_eval_envs is 1; the probe is fitted to half of the environments and tested on the others, so it needs 2",
-    )
     steps = rollout_steps(config)
     divisors = [n for n in range(1, steps + 1) if steps % n == 0]
     run.need(
@@ -164,28 +154,7 @@ def rollout_steps(config: Config) -> int:
     return config.num_envs * config.unroll_length
 
 
-def transport_iterations(config: Config) -> int:
-    default = {"sinkhorn": 200, "dykstra": 100}
-    return default[config.transport] if config.transport_iterations is None else config.transport_iterations
-
-
 # ---- networks -----------------------------------------------------------------------------------------------------
-
-
-class MLP(eqx.Module):
-    """LayerNorm, linear, ReLU, linear."""
-
-    hidden: NormedDense
-    out: Dense
-
-    def __init__(self, in_size: int, hidden_size: int, out_size: int, key: Key[Array, ""]):
-        hidden_key, out_key, weight_key = jax.random.split(key, 3)
-        self.hidden = NormedDense(in_size, hidden_size, 1.4, hidden_key)
-        out = Dense(hidden_size, out_size, out_key)
-        self.out = eqx.tree_at(lambda layer: layer.weight, out, unit_weights(weight_key, out.weight.shape, 1.0))
-
-    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
-        return self.out(self.hidden(x))
 
 
 class Agent(eqx.Module):
@@ -194,10 +163,16 @@ class Agent(eqx.Module):
     encoder: ImpalaCNN | VectorEncoder
     policy: Dense
     value: Dense
-    film: MLP | None
-    """Action -> scale and shift of the latent state (FiLM)."""
-    predictor: MLP | None
-    """Modulated latent state and memory -> the next achievement's representation."""
+    film: NormedMLP | None  # action -> scale and shift of the latent state (FiLM)
+    predictor: NormedMLP | None  # modulated latent state and memory -> the next achievement's representation
+
+
+Vectors = Float[Array, "... latent"]
+Scalar = Float[Array, ""]
+Batch = Float[Array, " batch"]
+Loss = tuple[Scalar, tuple]  # and what else comes of it: the normaliser, and metrics
+Latents = Float[Array, "batch latent"]
+Memories = Float[Array, "batch memory"]
 
 
 def memory_size(config: Config) -> int:
@@ -224,39 +199,32 @@ def make_agent(config: Config, env: AchievementEnv, key: Key[Array, ""]) -> Agen
         encoder=encoder,
         policy=head(env.num_actions, 0.01, policy_key),
         value=head(1, 0.1, value_key),
-        film=MLP(env.num_actions, latent, 2 * latent, film_key) if predicts else None,
-        predictor=MLP(features, latent, latent, predictor_key) if predicts else None,
+        film=NormedMLP(env.num_actions, latent, 2 * latent, film_key) if predicts else None,
+        predictor=NormedMLP(features, latent, latent, predictor_key) if predicts else None,
     )
 
 
-def encode(agent: Agent, observation: Shaped[Array, "batch ..."]) -> Float[Array, "batch latent"]:
+def encode(agent: Agent, observation: Shaped[Array, "batch ..."]) -> Latents:
     """phi(o), non-negative; images in bytes are first scaled to [0, 1]."""
     if observation.dtype == jnp.uint8:
         observation = observation.astype(jnp.float32) / 255
     return jax.vmap(agent.encoder)(observation)
 
 
-def act(
-    agent: Agent, latent: Float[Array, "batch latent"], memory: Float[Array, "batch memory"]
-) -> tuple[Float[Array, "batch actions"], Float[Array, " batch"]]:
+def act(agent: Agent, latent: Latents, memory: Memories) -> tuple[Float[Array, "batch actions"], Batch]:
     """log pi(. | o, m) and the value head's output, which is normalised: both linear in phi(o) and m."""
     features = jnp.concatenate([latent, memory], axis=-1)
     return jax.nn.log_softmax(jax.vmap(agent.policy)(features)), jax.vmap(agent.value)(features)[:, 0]
 
 
-def predict(
-    agent: Agent,
-    latent: Float[Array, "batch latent"],
-    action: Int[Array, " batch"],
-    memory: Float[Array, "batch memory"],
-) -> Float[Array, "batch latent"]:
+def predict(agent: Agent, latent: Latents, action: Int[Array, " batch"], memory: Memories) -> Latents:
     """psi(o, a, m): the predicted representation of the next achievement, a unit vector."""
-    actions = agent.policy.weight.shape[0]
-    scale, shift = jnp.split(jax.vmap(agent.film)(jax.nn.one_hot(action, actions)), 2, axis=-1)
+    one_hot = jax.nn.one_hot(action, len(agent.policy.bias))
+    scale, shift = jnp.split(jax.vmap(agent.film)(one_hot), 2, axis=-1)
     return unit(jax.vmap(agent.predictor)(jnp.concatenate([(1 + scale) * latent + shift, memory], axis=-1)))
 
 
-def unit(x: Float[Array, "*batch latent"]) -> Float[Array, "*batch latent"]:
+def unit(x: Vectors) -> Vectors:
     """x / |x|; a zero vector stays zero, and gets no gradient."""
     squared = jnp.sum(x**2, axis=-1, keepdims=True)
     zero = squared < 1e-24
@@ -269,17 +237,17 @@ def unit(x: Float[Array, "*batch latent"]) -> Float[Array, "*batch latent"]:
 class Normaliser(NamedTuple):
     """Exponential means of returns and squared returns, not yet divided by `weight` to correct their start at 0."""
 
-    mean: Float[Array, ""]
-    square: Float[Array, ""]
-    weight: Float[Array, ""]
+    mean: Scalar
+    square: Scalar
+    weight: Scalar
 
-    def update(self, returns: Float[Array, " batch"], valid: Bool[Array, " batch"]) -> "Normaliser":
-        """Takes in a minibatch with decay 0.99."""
+    def update(self, returns: Batch, weight: Shaped[Array, " batch"]) -> "Normaliser":
+        """Takes in a weighted minibatch with decay 0.99."""
         mix = lambda old, new: 0.99 * old + 0.01 * new
-        mean, square = masked_mean(returns, valid), masked_mean(returns**2, valid)
+        mean, square = weighted_mean(returns, weight), weighted_mean(returns**2, weight)
         return Normaliser(mix(self.mean, mean), mix(self.square, square), mix(self.weight, 1.0))
 
-    def moments(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def moments(self) -> tuple[Scalar, Scalar]:
         """Mean and standard deviation of returns; the variance is at least 0.01."""
         weight = jnp.maximum(self.weight, 0.01)
         mean = self.mean / weight
@@ -294,52 +262,67 @@ class Normaliser(NamedTuple):
         return mean + deviation * values
 
 
-def masked_mean(x: Float[Array, " batch"], valid: Bool[Array, " batch"]) -> Float[Array, ""]:
-    """Mean over the valid entries; 0 if there is none."""
-    return jnp.sum(jnp.where(valid, x, 0)) / jnp.maximum(jnp.sum(valid), 1)
+def weighted_mean(x: Float[Array, "*batch"], weight: Shaped[Array, "*batch"]) -> Scalar:
+    """Mean with weights that are whole numbers, or booleans; 0 if all are 0."""
+    return jnp.sum(weight * x) / jnp.maximum(jnp.sum(weight), 1)
 
 
 def advantages(
-    reward: Float[Array, "time envs"],
-    value: Float[Array, "time_and_one envs"],
-    done: Bool[Array, "time envs"],
-    discount: float,
-    gae_lambda: float,
+    reward: Float[Array, "time envs"], value: Float[Array, "all envs"], done: Bool[Array, "time envs"], config: Config
 ) -> Float[Array, "time envs"]:
     """Generalised advantage estimation (Schulman et al. 2016): A_t = delta_t + discount lambda A_{t+1} within episodes,
     delta_t = r_t + discount v_{t+1} - v_t, without v_{t+1} and A_{t+1} where step t ended the episode."""
 
     def backward(later, step):
         reward, value, next_value, goes_on = step
-        advantage = reward + goes_on * discount * (next_value + gae_lambda * later) - value
+        advantage = reward + goes_on * config.discount * (next_value + config.gae_lambda * later) - value
         return advantage, advantage
 
     steps = reward, value[:-1], value[1:], 1.0 - done
     return jax.lax.scan(backward, jnp.zeros_like(reward[0]), steps, reverse=True)[1]
 
 
-class Batch(NamedTuple):
-    """Steps for one gradient step of PPO."""
+class Step(NamedTuple):
+    """What is stored of a step: in rollouts (time, envs, ...), minibatches (batch, ...), windows (envs, time, ...)."""
 
-    observation: Shaped[Array, "batch ..."]
-    action: Int[Array, " batch"]
-    log_prob: Float[Array, " batch"]
-    """Of the action, at the time."""
-    memory: Float[Array, "batch memory"]
-    advantage: Float[Array, " batch"]
-    """Standardised over the rollout."""
-    returns: Float[Array, " batch"]
+    observation: Shaped[Array, "..."]
+    action: Int[Array, "*batch"]
+    memory: Float[Array, "*batch memory"]  # as it was when the step was taken; it is not computed anew
+    log_probs: Float[Array, "*batch actions"]  # by the policy that acted; in an auxiliary phase, by that at its start
+    value: Float[Array, "*batch"]  # output of the value head, normalised, of the same agent
+    reward: Float[Array, "*batch"]
+    done: Bool[Array, "*batch"]  # the action ended the episode
+    unlocked: Bool[Array, "*batch"]  # the action unlocked something, and the episode went on
+    achievements: Bool[Array, "*batch achievements"]  # what the episode has unlocked, this step included
+    episode_return: Float[Array, "*batch"]  # sum of rewards in the episode, this step included
+    episode_steps: Int[Array, "*batch"]  # this one included
+    advantage: Float[Array, "*batch"]  # standardised over the rollout; it and the returns are 0 until `learn`
+    returns: Float[Array, "*batch"]
 
 
-def ppo_loss(agent: Agent, normaliser: Normaliser, batch: Batch, config: Config) -> tuple[Float[Array, ""], tuple]:
+def no_steps(config: Config, env: AchievementEnv, *batch: int) -> Step:
+    """Zeros, for the arrays of a batch."""
+    zeros = lambda *shape, dtype=jnp.float32: jnp.zeros((*batch, *shape), dtype)
+    fields = dict.fromkeys(Step._fields, zeros()) | {
+        "observation": zeros(*env.observation_shape, dtype=env.observation_dtype),
+        "action": zeros(dtype=jnp.int32),
+        "memory": zeros(memory_size(config)),
+        "log_probs": zeros(env.num_actions),
+        "achievements": zeros(len(env.achievement_names), dtype=bool),
+        "episode_steps": zeros(dtype=jnp.int32),
+    }
+    return Step(**fields | dict.fromkeys(("done", "unlocked"), zeros(dtype=bool)))
+
+
+def ppo_loss(agent: Agent, normaliser: Normaliser, steps: Step, config: Config) -> Loss:
     """Clipped surrogate (Schulman et al. 2017), value loss in normalised units, entropy bonus."""
-    log_probs, value = act(agent, encode(agent, batch.observation), batch.memory)
-    log_prob = jnp.take_along_axis(log_probs, batch.action[:, None], axis=1)[:, 0]
-    ratio = jnp.exp(log_prob - batch.log_prob)
+    log_probs, value = act(agent, encode(agent, steps.observation), steps.memory)
+    change = jnp.take_along_axis(log_probs - steps.log_probs, steps.action[:, None], axis=1)[:, 0]
+    ratio = jnp.exp(change)
     clipped = jnp.clip(ratio, 1 - config.clip, 1 + config.clip)
-    policy_loss = -jnp.mean(jnp.minimum(ratio * batch.advantage, clipped * batch.advantage))
-    normaliser = normaliser.update(batch.returns, jnp.ones_like(batch.returns, bool))
-    value_loss = jnp.mean((value - normaliser.normalise(batch.returns)) ** 2)
+    policy_loss = -jnp.mean(jnp.minimum(ratio * steps.advantage, clipped * steps.advantage))
+    normaliser = normaliser.update(steps.returns, jnp.ones_like(steps.returns))
+    value_loss = jnp.mean((value - normaliser.normalise(steps.returns)) ** 2)
     entropy = -jnp.mean(jnp.sum(jnp.exp(log_probs) * log_probs, axis=1))
     loss = policy_loss + config.value_weight * value_loss - config.entropy_weight * entropy
     info = {
@@ -347,133 +330,108 @@ def ppo_loss(agent: Agent, normaliser: Normaliser, batch: Batch, config: Config)
         "train/policy_loss": policy_loss,
         "train/value_loss": value_loss,
         "train/entropy": entropy,
-        "train/kl": jnp.mean(ratio - 1 - jnp.log(ratio)),
+        "train/kl": jnp.mean(ratio - 1 - change),
         "train/clipped": jnp.mean((jnp.abs(ratio - 1) > config.clip).astype(jnp.float32)),
     }
     return loss, (normaliser, info)
 
 
-class Rows(NamedTuple):
-    """Steps of past episodes, with what the policy and the value were at the start of the auxiliary phase."""
+class Prediction(NamedTuple):
+    """A minibatch of prediction: steps of an episode. All arrays are padded to one length."""
 
-    observation: Shaped[Array, "rows ..."]
-    action: Int[Array, " rows"]
-    memory: Float[Array, "rows memory"]
-    """As it was when the step was taken; it is not computed anew."""
-    returns: Float[Array, " rows"]
-    old_log_probs: Float[Array, "rows actions"]
-    old_value: Float[Array, " rows"]
+    rows: Int[Array, " rows"]  # each step once, as a position in the window
+    weight: Int[Array, " rows"]  # how often it is a positive or a negative
+    index: Int[Array, "4 rows"]  # entries of `rows`: positive, negative, before and after the next unlocking
+    follows: Bool[Array, " rows"]  # whether there is one; if not, 'before' is the episode's last step
+    valid: Bool[Array, " rows"]
+
+
+class Matching(NamedTuple):
+    """A minibatch of matching: the achievements of an episode and of others. The first two are padded to one length."""
+
+    rows: Int[Array, " rows"]  # steps of the episode, each once, as positions in the window
+    their_rows: Int[Array, " rows"]  # of the others
+    own: Int[Array, "2 own"]  # entries of `rows`: before and after each achievement
+    theirs: Int[Array, "2 targets theirs"]  # the same of `their_rows`
+    counts: Int[Array, " episodes"]  # achievements of the episode, and of each other
+    drawn: Int[Array, "targets own"]  # entries of `rows`: a random step for each match that there can be
+    noise: Float[Array, "targets own theirs"]  # the largest number draws the negative
 
 
 def regularisers(
-    agent: Agent,
-    normaliser: Normaliser,
-    latent: Float[Array, "rows latent"],
-    rows: Rows,
-    valid: Bool[Array, " rows"],
-    config: Config,
-) -> tuple[Float[Array, ""], tuple]:
+    agent: Agent, normaliser: Normaliser, latent: Latents, steps: Step, weight: Shaped[Array, " batch"], config: Config
+) -> Loss:
     """What keeps the policy where it was and fits the value, while the encoder changes under both."""
-    log_probs, value = act(agent, latent, rows.memory)
-    normaliser = normaliser.update(rows.returns, valid)
+    log_probs, value = act(agent, latent, steps.memory)
+    normaliser = normaliser.update(steps.returns, weight)
     if config.variant == "code":
-        divergence = jnp.sum(jnp.exp(log_probs) * (log_probs - rows.old_log_probs), axis=1)
-        value_error = (value - normaliser.normalise(rows.returns)) ** 2
+        divergence = jnp.sum(jnp.exp(log_probs) * (log_probs - steps.log_probs), axis=1)
+        value_error = (value - normaliser.normalise(steps.returns)) ** 2
     else:
-        divergence = jnp.sum(jnp.exp(rows.old_log_probs) * (rows.old_log_probs - log_probs), axis=1)
-        value_error = 0.5 * (value - rows.old_value) ** 2
-    divergence, value_error = masked_mean(divergence, valid), masked_mean(value_error, valid)
+        divergence = jnp.sum(jnp.exp(steps.log_probs) * (steps.log_probs - log_probs), axis=1)
+        value_error = 0.5 * (value - steps.value) ** 2
+    divergence, value_error = weighted_mean(divergence, weight), weighted_mean(value_error, weight)
     loss = config.policy_regulariser * divergence + config.value_regulariser * value_error
     return loss, (normaliser, {"policy_divergence": divergence, "value_error": value_error})
 
 
 def contrast(
-    anchor: Float[Array, "batch latent"],
-    positive: Float[Array, "batch latent"],
-    negative: Float[Array, "batch latent"],
-    valid: Bool[Array, " batch"],
-    temperature: float,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    anchor: Vectors, positive: Vectors, negative: Vectors, valid: Bool[Array, "*batch"], config: Config
+) -> tuple[Scalar, dict]:
     """Mean of -log(e^p / (e^p + e^n)), p and n the inner products of the anchor with the positive and the negative over
-    the temperature (eq. 3 and 5); and the share of anchors for which p > n."""
-    margin = jnp.sum(anchor * (positive - negative), axis=-1) / temperature
-    return masked_mean(jax.nn.softplus(-margin), valid), masked_mean((margin > 0).astype(jnp.float32), valid)
+    the temperature (eq. 3 and 5); accuracy is the share of anchors for which p > n."""
+    margin = jnp.sum(anchor * (positive - negative), axis=-1) / config.temperature
+    loss = weighted_mean(jax.nn.softplus(-margin), valid)
+    accuracy = weighted_mean((margin > 0).astype(jnp.float32), valid)
+    return loss, {"loss": loss, "accuracy": accuracy, "steps": valid.any().astype(jnp.float32)}
 
 
-def prediction_loss(
-    agent: Agent,
-    normaliser: Normaliser,
-    rows: Rows,
-    positive: Int[Array, " batch"],
-    negative: Int[Array, " batch"],
-    anchor: Float[Array, "batch latent"],
-    valid: Bool[Array, " batch"],
-    config: Config,
-) -> tuple[Float[Array, ""], tuple]:
+def prediction_loss(agent: Agent, normaliser: Normaliser, window: Step, batch: Prediction, config: Config) -> Loss:
     """Intra-trajectory prediction: the next achievement (anchor) is nearer to the prediction at a step before it than
-    to that at another step of the episode. `positive` and `negative` index the rows."""
-    latent = encode(agent, rows.observation)
-    predicted = predict(agent, latent, rows.action, rows.memory)
-    anchor = jax.lax.stop_gradient(anchor)
-    loss, accuracy = contrast(anchor, predicted[positive], predicted[negative], valid, config.temperature)
-    used = jnp.zeros(len(latent), bool).at[positive].max(valid).at[negative].max(valid)
-    extra, (normaliser, info) = regularisers(agent, normaliser, latent, rows, used, config)
-    return loss + extra, (normaliser, {"loss": loss, "accuracy": accuracy, **info})
+    to that at another step of the episode."""
+    steps = jax.tree.map(lambda x: x[batch.rows], window)
+    latent = encode(agent, steps.observation)
+    predicted = predict(agent, latent, steps.action, steps.memory)
+    positive, negative, before, after = batch.index
+    anchor = unit(jnp.where(batch.follows[:, None], latent[after], 0) - latent[before])
+    loss, info = contrast(jax.lax.stop_gradient(anchor), predicted[positive], predicted[negative], batch.valid, config)
+    extra, (normaliser, more) = regularisers(agent, normaliser, latent, steps, batch.weight, config)
+    return loss + extra, (normaliser, info | more)
 
 
-def matching_loss(
-    agent: Agent,
-    normaliser: Normaliser,
-    before: Shaped[Array, "goals ..."],
-    after: Shaped[Array, "goals ..."],
-    source: Int[Array, " batch"],
-    positive: Float[Array, "batch latent"],
-    negative: Float[Array, "batch latent"],
-    valid: Bool[Array, " batch"],
-    rows: Rows,
-    config: Config,
-) -> tuple[Float[Array, ""], tuple]:
-    """Cross-trajectory matching: an achievement of the source episode, whose observations before and after are given,
-    is nearer to the one it is matched with in another episode than to some achievement of that episode.
+def matching_loss(agent: Agent, normaliser: Normaliser, window: Step, batch: Matching, config: Config) -> Loss:
+    """Cross-trajectory matching: an achievement of the episode (anchor) is nearer to the one it is matched with in
+    another episode than to some achievement there. As many steps of the episode as there are matches regularise."""
+    steps = jax.tree.map(lambda x: x[batch.rows], window)
+    latent = encode(agent, steps.observation)
+    represent = lambda latent, index: unit(latent[index[1]] - latent[index[0]])
+    own = represent(latent, batch.own)
+    theirs = represent(encode(jax.lax.stop_gradient(agent), window.observation[batch.their_rows]), batch.theirs)
 
-    `source` indexes the achievements of the source; the rows, as many as matches, are steps of the source.
-    """
-    # one call of the encoder, which is most of the compile time
-    latent = encode(agent, jnp.concatenate([before, after, rows.observation]))
-    before, after, latent = jnp.split(latent, [len(before), 2 * len(before)])
-    positive, negative = jax.lax.stop_gradient((positive, negative))
-    anchor = unit(after - before)[source]
-    loss, accuracy = contrast(anchor, positive, negative, valid, config.temperature)
-    extra, (normaliser, info) = regularisers(agent, normaliser, latent, rows, valid, config)
-    return loss + extra, (normaliser, {"loss": loss, "accuracy": accuracy, **info})
+    cost = 1 - jnp.einsum("ud,tvd->tuv", jax.lax.stop_gradient(own), theirs)
+    plan = jax.vmap(partial(transport_plan, config), (0, None, 0))(cost, batch.counts[0], batch.counts[1:])
+    matches = plan > config.match_threshold  # at most one in a row, and in a column
+    free = jnp.arange(theirs.shape[1]) < batch.counts[1:, None]
+    if config.variant == "paper":
+        free &= ~matches.any(axis=1)
+    negative = jnp.where(free[:, None], batch.noise, -1).argmax(axis=2)
+    valid = matches.any(axis=2) & free.any(axis=1, keepdims=True)
 
-
-def represent(
-    agent: Agent, before: Shaped[Array, "goals ..."], after: Shaped[Array, "goals ..."]
-) -> Float[Array, "goals latent"]:
-    """nu: the direction in which unlocking an achievement changed the latent state."""
-    latent = encode(agent, jnp.concatenate([before, after]))
-    return unit(latent[len(before) :] - latent[: len(before)])
-
-
-# ---- partial optimal transport ------------------------------------------------------------------------------------
+    of = lambda index: jnp.take_along_axis(theirs, index[..., None], axis=1)
+    loss, info = contrast(own[None], of(matches.argmax(axis=2)), of(negative), valid, config)
+    weight = jnp.zeros(len(latent)).at[batch.drawn].add(valid)
+    extra, (normaliser, more) = regularisers(agent, normaliser, latent, steps, weight, config)
+    return loss + extra, (normaliser, info | more)
 
 
 def transport_plan(
-    cost: Float[Array, "size size"], rows: Int[Array, ""], columns: Int[Array, ""], config: Config
+    config: Config, cost: Float[Array, "size size"], rows: Int[Array, ""], columns: Int[Array, ""]
 ) -> Float[Array, "size size"]:
     """The entropic partial transport plan between `rows` and `columns` points, padded to `size` (eq. 4):
-
     min <P, C> + epsilon sum P log P,  P >= 0, row sums <= 1, column sums <= 1, total mass min(rows, columns).
-    """
-    return {"sinkhorn": sinkhorn_plan, "dykstra": dykstra_plan}[config.transport](cost, rows, columns, config)
 
-
-def sinkhorn_plan(cost, rows, columns, config: Config):
-    """Sinkhorn's scalings. The shorter side has sums of 1, the longer one sums of at most 1: there, the half-update of
-    ott-jax is cut at 0, so that a point that receives less than 1 is not scaled up. The shorter side comes last, as
-    rows, so that the total mass is exact.
-    """
+    By Sinkhorn's scalings. The longer side has sums of at most 1: there, the half-update of ott-jax is cut at 0, so
+    that a point that receives less is not scaled up. The shorter one, of sums 1, comes last: so the mass is exact."""
     swap = rows > columns
     geometry = Geometry(cost_matrix=jnp.where(swap, cost.T, cost), epsilon=config.transport_epsilon)
     row, column = (jnp.arange(len(cost)) < count for count in (jnp.minimum(rows, columns), jnp.maximum(rows, columns)))
@@ -487,74 +445,22 @@ def sinkhorn_plan(cost, rows, columns, config: Config):
         return f, g
 
     start = jnp.where(row, 0.0, -jnp.inf), jnp.where(column, 0.0, -jnp.inf)
-    f, g = jax.lax.fori_loop(0, transport_iterations(config), iterate, start)
+    f, g = jax.lax.fori_loop(0, config.transport_iterations, iterate, start)
     plan = jnp.exp((f[:, None] + g - geometry.cost_matrix) / config.transport_epsilon)
     return jnp.where(swap, plan.T, plan)
 
 
-def dykstra_plan(cost, rows, columns, config: Config):
-    """Dykstra's projections, each iterate that of POT's `entropic_partial_wasserstein`."""
-    valid = (jnp.arange(len(cost)) < rows)[:, None] & (jnp.arange(len(cost)) < columns)
-    mass = jnp.minimum(rows, columns).astype(cost.dtype)
-    ratio = lambda a, b: jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 1)
-    to_mass = lambda plan: plan * ratio(mass, plan.sum())
-    at_most_one = lambda plan, axis: plan * jnp.minimum(ratio(1.0, plan.sum(axis, keepdims=True)), 1)
-
-    projections = partial(at_most_one, axis=1), partial(at_most_one, axis=0), to_mass
-
-    def iterate(_, carry):
-        plan, corrections = carry
-        updated = []
-        for project, correction in zip(projections, corrections):
-            before, plan = plan, project(plan * correction)
-            updated.append(correction * ratio(before, plan))
-        return plan, tuple(updated)
-
-    plan = to_mass(jnp.where(valid, jnp.exp(-cost / config.transport_epsilon), 0))
-    return jax.lax.fori_loop(0, transport_iterations(config), iterate, (plan, (jnp.ones_like(plan),) * 3))[0]
-
-
-# ---- state --------------------------------------------------------------------------------------------------------
+# ---- acting -------------------------------------------------------------------------------------------------------
 
 
 class Acting(NamedTuple):
     """The environments, and what the agent carries from step to step in each."""
 
     envs: VectorState
-    latent: Float[Array, "envs latent"]
-    """phi of the observation before the present one."""
-    memory: Float[Array, "envs memory"]
-    """At the step before."""
-    unlocked: Bool[Array, " envs"]
-    """The step before unlocked something, and the episode went on."""
-    first: Bool[Array, " envs"]
-    """The step before ended an episode."""
-    episode_return: Float[Array, " envs"]
-    """Sum of rewards in the episode so far."""
-    episode_steps: Int[Array, " envs"]
-    key: Key[Array, ""]
-    """Where the next rollout draws from."""
-
-
-class Window(NamedTuple):
-    """What the auxiliary phase learns from: the last `auxiliary_every` rollouts, each environment's in order."""
-
-    observation: Shaped[Array, "envs time ..."]
-    action: Int[Array, "envs time"]
-    memory: Float[Array, "envs time memory"]
-    returns: Float[Array, "envs time"]
-    first: Bool[Array, "envs time"]
-    """The observation is the first of an episode that followed another."""
-    unlocked: Bool[Array, "envs time"]
-    """The action unlocked something, and the episode went on."""
-
-
-class Scores(NamedTuple):
-    """Training episodes that have ended so far, as the benchmark's score counts them."""
-
-    episodes: Int[Array, ""]
-    successes: Int[Array, " achievements"]
-    """Episodes that unlocked each achievement."""
+    latent: Float[Array, "envs latent"]  # phi of the present observation
+    memory: Float[Array, "envs memory"]  # the change of phi made by the episode's last unlocking, a unit vector; or 0
+    episode_return: Float[Array, " envs"]  # sum of rewards in the episode so far
+    key: Key[Array, ""]  # where the next rollout draws from
 
 
 class TrainState(NamedTuple):
@@ -562,15 +468,13 @@ class TrainState(NamedTuple):
 
     agent: Agent
     normaliser: Normaliser
-    ppo_optimizer: optax.OptState
-    prediction_optimizer: optax.OptState | None
-    matching_optimizer: optax.OptState | None
+    optimizers: dict[str, optax.OptState]  # Adam of each loss: 'ppo', 'matching', 'prediction'
     acting: Acting
-    window: Window | None
-    scores: Scores
+    window: Step | None  # the last `auxiliary_every` rollouts, each environment's in order
+    episodes: Int[Array, ""]  # training episodes that have ended so far, as the benchmark's score counts them
+    successes: Int[Array, " achievements"]  # of these, those that unlocked each achievement
     env_steps: Int[Array, ""]
-    ppo_steps: Int[Array, ""]
-    """Gradient steps of PPO."""
+    ppo_steps: Int[Array, ""]  # gradient steps of PPO
     key: Key[Array, ""]
 
 
@@ -578,17 +482,14 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optax.adam(config.learning_rate))
 
 
-def start_acting(config: Config, vector: VectorEnv, key: Key[Array, ""]) -> Acting:
+def start_acting(config: Config, vector: VectorEnv, agent: Agent, key: Key[Array, ""]) -> Acting:
     reset_key, key = jax.random.split(key)
-    current, n = vector.reset(reset_key), vector.num_envs
+    envs, n = vector.reset(reset_key), vector.num_envs
     return Acting(
-        envs=current,
-        latent=jnp.zeros((n, config.latent_size)),
+        envs=envs,
+        latent=encode(agent, envs.env.observation),
         memory=jnp.zeros((n, memory_size(config))),
-        unlocked=jnp.zeros(n, bool),
-        first=jnp.zeros(n, bool),
         episode_return=jnp.zeros(n),
-        episode_steps=jnp.zeros(n, jnp.int32),
         key=key,
     )
 
@@ -596,68 +497,27 @@ def start_acting(config: Config, vector: VectorEnv, key: Key[Array, ""]) -> Acti
 def init(config: Config, vector: VectorEnv, key: Key[Array, ""]) -> TrainState:
     """The state of one seed before its first step."""
     agent_key, env_key, key, _ = jax.random.split(key, 4)  # the fourth is for evaluations
-    env = vector.env
-    agent = make_agent(config, env, agent_key)
-    optimizer = lambda wanted: make_optimizer(config).init(agent) if wanted else None
-    shape = config.num_envs, config.auxiliary_every * config.unroll_length
-    window = Window(
-        observation=jnp.zeros((*shape, *env.observation_shape), env.observation_dtype),
-        action=jnp.zeros(shape, jnp.int32),
-        memory=jnp.zeros((*shape, memory_size(config))),
-        returns=jnp.zeros(shape),
-        first=jnp.zeros(shape, bool),
-        unlocked=jnp.zeros(shape, bool),
-    )
+    agent, normaliser = make_agent(config, vector.env, agent_key), Normaliser(*jnp.zeros(3))
+    window = no_steps(config, vector.env, config.num_envs, config.auxiliary_every * config.unroll_length)
+    zero = jnp.zeros((), jnp.int32)
     return TrainState(
         agent=agent,
-        normaliser=Normaliser(jnp.zeros(()), jnp.zeros(()), jnp.zeros(())),
-        ppo_optimizer=optimizer(True),
-        prediction_optimizer=optimizer(config.distill and config.prediction),
-        matching_optimizer=optimizer(config.distill and config.matching),
-        acting=start_acting(config, vector, env_key),
-        window=window if distills(config) else None,
-        scores=Scores(jnp.zeros((), jnp.int32), jnp.zeros(len(env.achievement_names), jnp.int32)),
-        env_steps=jnp.zeros((), jnp.int32),
-        ppo_steps=jnp.zeros((), jnp.int32),
+        normaliser=normaliser,
+        optimizers={name: make_optimizer(config).init(agent) for name in ("ppo", *auxiliary_losses(config))},
+        acting=start_acting(config, vector, agent, env_key),
+        window=window if auxiliary_losses(config) else None,
+        episodes=zero,
+        successes=jnp.zeros(len(vector.env.achievement_names), jnp.int32),
+        env_steps=zero,
+        ppo_steps=zero,
         key=key,
     )
 
 
-def distills(config: Config) -> bool:
-    """Whether there are auxiliary phases."""
-    return config.distill and (config.prediction or config.matching)
-
-
-# ---- acting -------------------------------------------------------------------------------------------------------
-
-
-class Step(NamedTuple):
-    """One step of every environment."""
-
-    observation: Shaped[Array, "envs ..."]
-    action: Int[Array, " envs"]
-    log_prob: Float[Array, " envs"]
-    memory: Float[Array, "envs memory"]
-    value: Float[Array, " envs"]
-    """In units of the return."""
-    reward: Float[Array, " envs"]
-    first: Bool[Array, " envs"]
-    done: Bool[Array, " envs"]
-    unlocked: Bool[Array, " envs"]
-    achievements: Bool[Array, "envs achievements"]
-    """What the episode has unlocked, this step included."""
-    episode_return: Float[Array, " envs"]
-    """Sum of rewards in the episode, this step included."""
-    episode_steps: Int[Array, " envs"]
-    """Steps in the episode, this one included."""
-
-
-def recall(acting: Acting, latent: Float[Array, "envs latent"]) -> Float[Array, "envs memory"]:
-    """The memory of the present state, whose latent is given: the change made by the last unlocking; at first 0."""
-    if not acting.memory.shape[1]:
-        return acting.memory
-    memory = jnp.where(acting.unlocked[:, None], unit(latent - acting.latent), acting.memory)
-    return jnp.where(acting.first[:, None], 0, memory)
+def recall(acting: Acting, latent: Latents, changed: Bool[Array, " batch"]) -> Memories:
+    """The memory after a step that led to this latent state, where it unlocked something: unit(phi(o') - phi(o))."""
+    change = unit(latent - acting.latent)[:, : acting.memory.shape[1]]  # no numbers, or all of them
+    return jnp.where(changed[:, None], change, acting.memory)
 
 
 def step(
@@ -665,506 +525,280 @@ def step(
 ) -> tuple[Acting, Step]:
     """Acts once in every environment, with actions drawn from the policy."""
     current = acting.envs
-    latent = encode(agent, current.env.observation)
-    memory = recall(acting, latent)
-    log_probs, value = act(agent, latent, memory)
+    log_probs, value = act(agent, acting.latent, acting.memory)
     action = jax.random.categorical(key, log_probs)
     envs, after, truncated = vector.step(current, action)
     done = after.terminated | truncated
     changed = jnp.any(after.achievements != current.env.achievements, axis=1)
-    unlocked = changed & ~done
-    episode_return, episode_steps = acting.episode_return + after.reward, acting.episode_steps + 1
+    episode_return = acting.episode_return + after.reward
 
     reward = after.reward
     if config.bootstrap_time_limit:
-
-        def value_at_the_end():
-            last = encode(agent, after.observation)
-            ended = acting._replace(latent=latent, memory=memory, unlocked=changed, first=jnp.zeros_like(done))
-            return normaliser.denormalise(act(agent, last, recall(ended, last))[1])
-
-        value_at_end = jax.lax.cond(truncated.any(), value_at_the_end, lambda: jnp.zeros_like(reward))
-        reward = reward + jnp.where(truncated, config.discount * value_at_end, 0)
-
-    row = Step(
+        last = encode(agent, after.observation)
+        last_value = normaliser.denormalise(act(agent, last, recall(acting, last, changed))[1])
+        reward = reward + jnp.where(truncated, config.discount * last_value, 0)
+    taken = no_steps(config, vector.env, vector.num_envs)._replace(
         observation=current.env.observation,
         action=action,
-        log_prob=jnp.take_along_axis(log_probs, action[:, None], axis=1)[:, 0],
-        memory=memory,
-        value=normaliser.denormalise(value),
+        memory=acting.memory,
+        log_probs=log_probs,
+        value=value,
         reward=reward,
-        first=acting.first,
         done=done,
-        unlocked=unlocked,
+        unlocked=changed & ~done,
         achievements=after.achievements,
         episode_return=episode_return,
-        episode_steps=episode_steps,
+        episode_steps=current.steps + 1,
     )
+    latent = encode(agent, envs.env.observation)
     acting = Acting(
         envs=envs,
         latent=latent,
-        memory=memory,
-        unlocked=unlocked,
-        first=done,
+        memory=jnp.where(done[:, None], 0, recall(acting, latent, changed)),
         episode_return=jnp.where(done, 0, episode_return),
-        episode_steps=jnp.where(done, 0, episode_steps),
         key=acting.key,
     )
-    return acting, row
+    return acting, taken
 
 
-class Rollout(NamedTuple):
-    """`unroll_length` steps of every environment."""
-
-    steps: Step  # every leaf (time, envs, ...)
-    last_value: Float[Array, " envs"]
-    """Of the state after the last step."""
-
-
-def collect(
-    config: Config, vector: VectorEnv, agent: Agent, normaliser: Normaliser, acting: Acting
-) -> tuple[Acting, Rollout]:
-    """A rollout. The memory for the first step of the next one is made here, with the weights that acted here."""
-    key, rollout_key = jax.random.split(acting.key)
+def collect(config: Config, vector: VectorEnv, state: TrainState) -> tuple[Acting, Step]:
+    """A rollout: `unroll_length` steps of every environment."""
+    key, rollout_key = jax.random.split(state.acting.key)
+    acting = state.acting._replace(latent=encode(state.agent, state.acting.envs.env.observation), key=key)
     keys = jax.random.split(rollout_key, config.unroll_length)
-    acting = acting._replace(key=key)
-    acting, steps = jax.lax.scan(partial(step, config, vector, agent, normaliser), acting, keys)
-    latent = encode(agent, acting.envs.env.observation)
-    memory = recall(acting, latent)
-    last_value = normaliser.denormalise(act(agent, latent, memory)[1])
-    acting = acting._replace(memory=memory, unlocked=jnp.zeros_like(acting.unlocked))
-    return acting, Rollout(steps, last_value)
+    return jax.lax.scan(partial(step, config, vector, state.agent, state.normaliser), acting, keys)
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
-def learn(config: Config, state: TrainState, acting: Acting, rollout: Rollout) -> tuple[TrainState, dict]:
-    """PPO on one rollout; the rollout joins the window of the next auxiliary phase."""
-    steps = rollout.steps
-    values = jnp.concatenate([steps.value, rollout.last_value[None]])
-    advantage = advantages(steps.reward, values, steps.done, config.discount, config.gae_lambda)
-    returns = advantage + steps.value
+def learn(config: Config, state: TrainState, acting: Acting, steps: Step) -> tuple[TrainState, dict]:
+    """PPO on a rollout that led to `acting`; the rollout joins the window of the next auxiliary phase."""
+    last_value = act(state.agent, acting.latent, acting.memory)[1]
+    value = state.normaliser.denormalise(jnp.concatenate([steps.value, last_value[None]]))
+    advantage = advantages(steps.reward, value, steps.done, config)
     standard = (advantage - advantage.mean()) / (advantage.std(ddof=1) + 1e-8)
-    data = Batch(steps.observation, steps.action, steps.log_prob, steps.memory, standard, returns)
-    data = jax.tree.map(flatten, data)
-
-    def one_step(carry, indices):
-        agent, normaliser, optimizer = carry
-        batch = jax.tree.map(lambda x: x[indices], data)
-        gradient, (normaliser, info) = jax.grad(ppo_loss, has_aux=True)(agent, normaliser, batch, config)
-        agent, optimizer = descend(config, agent, gradient, optimizer)
-        return (agent, normaliser, optimizer), info
+    steps = steps._replace(advantage=standard, returns=advantage + value[:-1])
 
     def one_pass(carry, key):
-        indices = jax.random.permutation(key, rollout_steps(config)).reshape(config.num_minibatches, -1)
-        return jax.lax.scan(one_step, carry, indices)
+        order = jax.random.permutation(key, rollout_steps(config)).reshape(config.num_minibatches, -1)
+        take = lambda at: jax.tree.map(lambda x: x[at // config.num_envs, at % config.num_envs], steps)
+        return jax.lax.scan(lambda carry, at: update(config, ppo_loss, carry, take(at)), carry, order)
 
     key, update_key = jax.random.split(state.key)
-    carry = state.agent, state.normaliser, state.ppo_optimizer
+    carry = state.agent, state.normaliser, state.optimizers["ppo"]
     carry, info = jax.lax.scan(one_pass, carry, jax.random.split(update_key, config.update_epochs))
     agent, normaliser, optimizer = carry
 
-    scores, episode_info = score_episodes(config, state, steps)
-    info = jax.tree.map(jnp.mean, info) | episode_info
+    start = state.env_steps // config.num_envs % (config.auxiliary_every * config.unroll_length)
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(0, 1), start, axis=1)
+    episodes, successes, scores = score_episodes(config, state, steps)
     state = state._replace(
         agent=agent,
         normaliser=normaliser,
-        ppo_optimizer=optimizer,
+        optimizers=state.optimizers | {"ppo": optimizer},
         acting=acting,
-        window=None if state.window is None else extend(config, state.window, state.env_steps, steps, returns),
-        scores=scores,
+        window=jax.tree.map(put, state.window, steps) if state.window else None,
+        episodes=episodes,
+        successes=successes,
         env_steps=state.env_steps + rollout_steps(config),
         ppo_steps=state.ppo_steps + config.update_epochs * config.num_minibatches,
         key=key,
     )
-    return state, info
+    return state, jax.tree.map(jnp.mean, info) | scores
 
 
-def flatten(x: Shaped[Array, "a b ..."]) -> Shaped[Array, "a*b ..."]:
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-
-
-def descend(config: Config, agent: Agent, gradient: Agent, optimizer: optax.OptState) -> tuple[Agent, optax.OptState]:
+def update(config: Config, loss, carry: tuple, *batch) -> tuple[tuple, dict]:
+    """One gradient step of a loss with its own Adam; none where nothing matches. The carry: agent, normaliser, Adam."""
+    agent, normaliser, optimizer = carry
+    gradient, (normaliser, info) = jax.grad(loss, has_aux=True)(agent, normaliser, *batch, config)
     updates, optimizer = make_optimizer(config).update(gradient, optimizer)
-    return optax.apply_updates(agent, updates), optimizer
+    after = optax.apply_updates(agent, updates), normaliser, optimizer
+    return jax.tree.map(lambda new, old: jnp.where(info.get("steps", 1) > 0, new, old), after, carry), info
 
 
-def extend(config: Config, window: Window, env_steps: Int[Array, ""], steps: Step, returns) -> Window:
-    """Writes a rollout to its place in the window."""
-    new = Window(steps.observation, steps.action, steps.memory, returns, steps.first, steps.unlocked)
-    start = env_steps // config.num_envs % (config.auxiliary_every * config.unroll_length)
-    put = lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x.swapaxes(0, 1), start, axis=1)
-    return jax.tree.map(put, window, new)
-
-
-def score_episodes(config: Config, state: TrainState, steps: Step) -> tuple[Scores, dict]:
-    """Counts the episodes that ended in a rollout, up to the step budget."""
+def score_episodes(config: Config, state: TrainState, steps: Step) -> tuple:
+    """Counts the episodes that ended in a rollout, up to the step budget. Returns episodes and successes so far."""
     time = state.env_steps // config.num_envs + 1 + jnp.arange(config.unroll_length)
     ended = steps.done & (time * config.num_envs <= config.total_env_steps)[:, None]
-    successes = jnp.sum(steps.achievements & ended[..., None], axis=(0, 1), dtype=jnp.int32)
-    scores = Scores(state.scores.episodes + ended.sum(dtype=jnp.int32), state.scores.successes + successes)
+    episodes = state.episodes + ended.sum(dtype=jnp.int32)
+    successes = state.successes + jnp.sum(steps.achievements & ended[..., None], axis=(0, 1), dtype=jnp.int32)
     mean = lambda x: jnp.sum(jnp.where(ended, x, 0)) / ended.sum()  # NaN if none ended
-    return scores, {
-        "train/return": mean(steps.episode_return),
-        "train/episode_length": mean(steps.episode_steps),
-        "train/episodes": scores.episodes,
-        "train/score": crafter_score(scores.successes / scores.episodes),
-    }
-
-
-def crafter_score(success: Float[Array, " achievements"]) -> Float[Array, ""]:
-    """Crafter's score in percent: the geometric mean of success rates with an offset of 1 % (Hafner 2022, eq. 1)."""
-    return jnp.exp(jnp.mean(jnp.log1p(100 * success))) - 1
+    return (
+        episodes,
+        successes,
+        {
+            "train/return": mean(steps.episode_return),
+            "train/episode_length": mean(steps.episode_steps),
+            "train/episodes": episodes,
+            "train/score": AchievementEnv.score(successes / episodes),
+        },
+    )
 
 
 # ---- the auxiliary phase ------------------------------------------------------------------------------------------
 
 
-class Episodes(NamedTuple):
-    """The whole episodes of a window in which something was unlocked, as positions in the flattened window."""
+class Episode(NamedTuple):
+    """A whole episode in which something was unlocked, as positions in the flattened window."""
 
-    count: Int[Array, ""]
-    """How many there are; later entries of the other fields mean nothing."""
-    start: Int[Array, " most"]
-    length: Int[Array, " most"]
-    goals: Int[Array, "most achievements"]
-    """The steps that unlocked something, in order."""
-    num_goals: Int[Array, " most"]
+    start: int
+    end: int
+    count: int  # steps that unlocked something
+    unlocks: Int[np.ndarray, " achievements"]  # these steps, in order; the last one is repeated
 
 
-def find_episodes(first: Bool[Array, "envs time"], unlocked: Bool[Array, "envs time"], achievements: int) -> Episodes:
+def find_episodes(window: Step) -> list[Episode]:
     """Cuts a window into episodes. Those that began before it or went on after it are left out."""
-    num_envs, time = first.shape
-    size = num_envs * time
-    index = jnp.arange(time)
-    nothing = jnp.full((num_envs, 1), size)
-    cut_here_or_later = jax.lax.cummin(jnp.where(first, index, size), axis=1, reverse=True)
-    next_cut = jnp.concatenate([cut_here_or_later[:, 1:], nothing], axis=1)
-    # unlocked before each position of the flattened window, and at its end
-    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(unlocked.reshape(-1), dtype=jnp.int32)])
-    start = jnp.arange(size).reshape(first.shape)
-    end = jnp.minimum(start + next_cut - index, size)
-    whole = first & (next_cut < time) & (before[end] > before[start])
-    most = num_envs * max(time // 2, 1)  # an episode with something unlocked has two steps or more
-    (begins,) = jnp.nonzero(whole.reshape(-1), size=most, fill_value=0)
-    ends = end.reshape(-1)[begins]
-    (events,) = jnp.nonzero(unlocked.reshape(-1), size=size, fill_value=0)
-    goals = events[jnp.minimum(before[begins][:, None] + jnp.arange(achievements), size - 1)]
-    return Episodes(whole.sum(), begins, ends - begins, goals, before[ends] - before[begins])
+    episodes, (envs, time, most) = [], window.achievements.shape
+    first, unlocked = np.asarray(window.episode_steps) == 1, np.asarray(window.unlocked)
+    for env in range(envs):
+        for start, end in itertools.pairwise(env * time + np.flatnonzero(first[env])):
+            unlocks = start + np.flatnonzero(unlocked.flat[start:end])
+            if len(unlocks):
+                repeated = np.pad(unlocks, (0, most - len(unlocks)), mode="edge")
+                episodes.append(Episode(start, end, len(unlocks), repeated))
+    return episodes
 
 
-def shuffle(key: Key[Array, ""], count: Int[Array, ""], size: int) -> Int[Array, " size"]:
-    """A uniform permutation of 0..count-1; the other entries, up to the static size, come after it."""
-    order = jax.random.uniform(key, (size,))
-    return jnp.argsort(jnp.where(jnp.arange(size) < count, order, jnp.inf))
+def prediction_batches(
+    config: Config, rng: np.random.Generator, episodes: list[Episode], i: int, size: int = 128
+) -> Iterator[Prediction]:
+    """The minibatches of episode i: its steps in random order, each with another one as negative."""
+    start, end, count, unlocks = episodes[i]
+    steps, others = (start + rng.permutation(end - start) for _ in range(2))
+    ends = np.append(unlocks[:count], end - 1)
+    for at in range(0, end - start, config.auxiliary_batch_size):
+        positive, negative = (x[at : at + config.auxiliary_batch_size] for x in (steps, others))
+        before = ends[np.searchsorted(ends, positive)]
+        rows, index = np.unique([positive, negative, before, np.minimum(before + 1, end - 1)], return_inverse=True)
+        weight = np.bincount(index[:2].ravel(), minlength=len(rows))
+        arrays = rows, weight, index, before < end - 1, np.ones(len(positive), bool)
+        yield Prediction(*pad(size, *arrays))
 
 
-def sizes(largest: int) -> list[int]:
-    """Lengths that arrays of up to `largest` entries are padded to: 128, its doubles, and `largest`."""
-    few = [128 * 2**i for i in range(16)]
-    return [size for size in few if size < largest] + [largest]
+def matching_batches(
+    config: Config, rng: np.random.Generator, episodes: list[Episode], i: int, size: int = 128
+) -> Iterator[Matching]:
+    """The minibatch of episode i, to be matched with others, if there are any."""
+    start, end, count, own = episodes[i]
+    others = rng.permutation(np.delete(np.arange(len(episodes)), i))[: config.num_targets]
+    if not len(others):
+        return
+    shape = config.num_targets, len(own)
+    theirs, counts, drawn = np.full(shape, own[0]), np.zeros(1 + shape[0], int), np.full(shape, start)
+    theirs[: len(others)] = [episodes[j].unlocks for j in others]
+    counts[: 1 + len(others)] = [episodes[j].count for j in (i, *others)]
+    drawn[: len(others), :count] = rng.integers(start, end, (len(others), count))
+    rows, index = np.unique([own, own + 1, *drawn], return_inverse=True)
+    their_rows, their_index = np.unique([theirs, theirs + 1], return_inverse=True)
+    noise = rng.random((*shape, len(own)), np.float32)
+    yield Matching(*pad(size, rows, their_rows), index[:2], their_index, counts, index[2:], noise)
 
 
-class Learner(NamedTuple):
-    """What a gradient step of the auxiliary phase changes."""
-
-    agent: Agent
-    normaliser: Normaliser
-    prediction_optimizer: optax.OptState | None
-    matching_optimizer: optax.OptState | None
+def pad(size: int, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Zeros behind the last axes, up to one length: `size`, or the first of its doubles that is long enough."""
+    while size < max(x.shape[-1] for x in arrays):
+        size *= 2
+    return [np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]) for x in arrays]
 
 
-class Past(NamedTuple):
-    """A window and its episodes, time and environments in one axis."""
-
-    rows: Rows
-    episodes: Episodes
+AUXILIARY = {"matching": (matching_batches, matching_loss), "prediction": (prediction_batches, prediction_loss)}
+METRICS = ("loss", "accuracy", "policy_divergence", "value_error")
 
 
-def distil(config: Config, state: TrainState) -> tuple[TrainState, dict]:
-    """The auxiliary phase (algorithm 1): passes of matching and of prediction over the episodes of the window."""
+def auxiliary_losses(config: Config) -> dict:
+    """Name -> (minibatches, loss), in the order of their passes. Without any there is no auxiliary phase."""
+    wanted = {"matching": config.matching, "prediction": config.prediction}
+    return {name: both for name, both in AUXILIARY.items() if config.distill and wanted[name]}
+
+
+def distil(config: Config, programs: dict, show, state: TrainState) -> tuple[TrainState, dict]:
+    """The auxiliary phase (algorithm 1) of one seed: passes of matching and of prediction over the window's episodes.
+
+    Which steps form a minibatch does not depend on the weights, so that is decided here, on lists of exact length.
+    `programs`: of `compile_phase`; `show` shows progress. Returns the state without its window, and metrics."""
     key, phase_key = jax.random.split(state.key)
-    window = state.window
-    episodes = find_episodes(window.first, window.unlocked, len(state.scores.successes))
-    flat = jax.tree.map(flatten, window)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(phase_key)))
+    episodes = find_episodes(state.window)
+    window = programs["remember"](state.agent, state.window)
+    agent, normaliser, optimizers = state.agent, state.normaliser, dict(state.optimizers)
+    infos = {name: [] for name in auxiliary_losses(config)}
+    for epoch in range(config.auxiliary_epochs):
+        for name, (batches, _) in auxiliary_losses(config).items():
+            show(f"auxiliary phase: {name} of {len(episodes)} episodes, pass {epoch + 1} of {config.auxiliary_epochs}")
+            for i in rng.permutation(len(episodes)).tolist():
+                for batch in batches(config, rng, episodes, i):
+                    carry = agent, normaliser, optimizers[name]
+                    (agent, normaliser, optimizers[name]), info = programs[name, len(batch.rows)](carry, window, batch)
+                    infos[name].append(info)
+    after = state._replace(agent=agent, normaliser=normaliser, optimizers=optimizers, window=None, key=key)
+    mean = lambda values: np.mean(values) if values else np.nan
+    metrics = {"auxiliary/episodes": len(episodes), "auxiliary/achievements": mean([e.count for e in episodes])}
+    for name, seen in jax.device_get(infos).items():
+        taken = [info for info in seen if info["steps"]]
+        metrics[f"auxiliary/{name}_steps"] = len(taken)
+        metrics |= {f"auxiliary/{name}_{metric}": mean([info[metric] for info in taken]) for metric in METRICS}
+    return after, metrics
 
-    def before(row):  # of the policy and the value, at the start of the phase
-        observation, memory = row
-        log_probs, value = act(state.agent, encode(state.agent, observation[None]), memory[None])
+
+def remember(agent: Agent, window: Step) -> Step:
+    """The window in one axis, with what policy and value are at the start of the phase."""
+    flat = jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), window)
+
+    def heads(step):
+        log_probs, value = act(agent, encode(agent, step.observation[None]), step.memory[None])
         return log_probs[0], value[0]
 
-    old_log_probs, old_value = jax.lax.map(
-        before, (flat.observation, flat.memory), batch_size=min(512, len(flat.action))
-    )
-    past = Past(Rows(flat.observation, flat.action, flat.memory, flat.returns, old_log_probs, old_value), episodes)
-    learner = Learner(state.agent, state.normaliser, state.prediction_optimizer, state.matching_optimizer)
-
-    def one_epoch(learner, key):
-        matching_key, prediction_key = jax.random.split(key)
-        info = {}
-        if config.matching:
-            learner, info["matching"] = visit(config, partial(match_episode, config), learner, past, matching_key)
-        if config.prediction:
-            learner, info["prediction"] = visit(config, partial(predict_episode, config), learner, past, prediction_key)
-        return learner, info
-
-    learner, sums = jax.lax.scan(one_epoch, learner, jax.random.split(phase_key, config.auxiliary_epochs))
-    info = {"auxiliary/episodes": episodes.count, "auxiliary/goals": mean_goals(episodes)}
-    for name, total in sums.items():
-        total = jax.tree.map(lambda x: x.sum(axis=0), total)
-        steps = total.pop("steps")
-        # without any step these are NaN
-        info |= {f"auxiliary/{name}_{metric}": value / steps for metric, value in total.items()}
-        info[f"auxiliary/{name}_steps"] = steps
-    return state._replace(**learner._asdict(), key=key), info
+    log_probs, value = jax.lax.map(heads, flat, batch_size=min(512, len(flat.action)))
+    return flat._replace(log_probs=log_probs, value=value)
 
 
-def mean_goals(episodes: Episodes) -> Float[Array, ""]:
-    listed = jnp.arange(len(episodes.start)) < episodes.count
-    return jnp.sum(jnp.where(listed, episodes.num_goals, 0)) / episodes.count
+def compile_phase(config: Config, compile, state: TrainState) -> dict:
+    """The programs of the phase: `remember`, and a gradient step for each loss and size of minibatches.
 
-
-METRICS = ("loss", "accuracy", "policy_divergence", "value_error", "steps")
-
-
-def visit(config: Config, learn_from, learner: Learner, past: Past, key: Key[Array, ""]) -> tuple[Learner, dict]:
-    """`learn_from(learner, sums, past, episode, key)` for every episode, in random order. Returns sums of metrics."""
-    order_key, key = jax.random.split(key)
-    order = shuffle(order_key, past.episodes.count, len(past.episodes.start))
-
-    def body(i, carry):
-        return learn_from(*carry, past, order[i], jax.random.fold_in(key, i))
-
-    sums = {name: jnp.zeros(()) for name in METRICS}
-    return jax.lax.fori_loop(0, past.episodes.count, body, (learner, sums))
-
-
-def apply(config: Config, learner: Learner, sums: dict, which: str, loss, *args, valid) -> tuple[Learner, dict]:
-    """One gradient step of an auxiliary loss with its own Adam; none if no entry of the minibatch is valid."""
-    gradient, (normaliser, info) = jax.grad(loss, has_aux=True)(learner.agent, learner.normaliser, *args, config)
-    agent, optimizer = descend(config, learner.agent, gradient, getattr(learner, which))
-    after = learner._replace(agent=agent, normaliser=normaliser, **{which: optimizer})
-    any_valid = valid.any()
-    keep = lambda old, new: jnp.where(any_valid, new, old)
-    info = {**info, "steps": jnp.ones(())}
-    return jax.tree.map(keep, learner, after), {name: sums[name] + jnp.where(any_valid, info[name], 0) for name in sums}
-
-
-def gather(rows: Rows, positions: Int[Array, " batch"]) -> Rows:
-    return jax.tree.map(lambda x: x[jnp.clip(positions, 0, len(x) - 1)], rows)
-
-
-def predict_episode(config: Config, learner: Learner, sums: dict, past: Past, episode, key) -> tuple[Learner, dict]:
-    """Prediction on one episode: in one minibatch if it is short, else in several."""
-    time = config.auxiliary_every * config.unroll_length
-    longest = min(config.episode_length, time)
-    whole = sizes(min(longest, config.auxiliary_batch_size))
-    length = past.episodes.length[episode]
-
-    def in_one(size, learner, sums):
-        negative = shuffle(key, length, size)
-        valid = jnp.arange(size) < length
-        positions = past.episodes.start[episode] + jnp.arange(size)
-        return predict_steps(config, learner, sums, past, episode, positions, jnp.arange(size), negative, valid)
-
-    def in_several(learner, sums):
-        order_key, negative_key = jax.random.split(key)
-        size = config.auxiliary_batch_size
-        order, partner = (shuffle(k, length, longest) for k in (order_key, negative_key))
-        order = jnp.pad(order, (0, -longest % size))
-
-        def body(i, carry):
-            steps = jax.lax.dynamic_slice_in_dim(order, i * size, size)
-            valid = i * size + jnp.arange(size) < length
-            positions = past.episodes.start[episode] + jnp.concatenate([steps, partner[steps]])
-            indices = jnp.arange(size)
-            return predict_steps(config, *carry, past, episode, positions, indices, size + indices, valid)
-
-        return jax.lax.fori_loop(0, (length + size - 1) // size, body, (learner, sums))
-
-    branches = [partial(in_one, size) for size in whole]
-    if longest > config.auxiliary_batch_size:
-        branches.append(in_several)
-    return jax.lax.switch(jnp.searchsorted(jnp.array(whole), length), branches, learner, sums)
-
-
-def predict_steps(
-    config: Config, learner: Learner, sums: dict, past: Past, episode, positions, positive, negative, valid
-) -> tuple[Learner, dict]:
-    """One minibatch of prediction, on the steps at these positions in the window."""
-    rows, episodes = past.rows, past.episodes
-    goals, count = episodes.goals[episode], episodes.num_goals[episode]
-    last = episodes.start[episode] + episodes.length[episode] - 1
-    ends = jnp.append(goals, last)
-    latent = encode(learner.agent, rows.observation[jnp.concatenate([ends, goals + 1])])
-    before, after = latent[: len(ends)], latent[len(ends) :]
-    goal_vectors = unit(after - before[:-1])
-    no_goal = unit(-before[-1])
-    step = positions[positive]
-    following = jnp.sum((goals < step[:, None]) & (jnp.arange(len(goals)) < count), axis=1)
-    anchor = jnp.where((following < count)[:, None], goal_vectors[jnp.minimum(following, len(goals) - 1)], no_goal)
-    return apply(
-        *(config, learner, sums, "prediction_optimizer", prediction_loss),
-        *(gather(rows, positions), positive, negative, anchor),
-        valid,
-        valid=valid,
-    )
-
-
-def match_episode(config: Config, learner: Learner, sums: dict, past: Past, episode, key) -> tuple[Learner, dict]:
-    """Matching of one episode with others, in one minibatch."""
-    episodes = past.episodes
-    others_key, key = jax.random.split(key)
-    index = jnp.arange(len(episodes.start))
-    others = (index < episodes.count) & (index != episode)
-    order = jnp.where(others, jax.random.uniform(others_key, index.shape), -1.0)
-    chance, targets = jax.lax.top_k(order, min(config.num_targets, len(index)))
-    num_goals = jnp.where(chance >= 0, episodes.num_goals[targets], 0)
-    achievements = episodes.goals.shape[1]
-    few = sizes(len(targets) * achievements)
-
-    def match(size, learner, sums):
-        return match_goals(config, size, learner, sums, past, episode, targets, num_goals, key)
-
-    branch = jnp.searchsorted(jnp.array(few), num_goals.sum())
-    return jax.lax.switch(branch, [partial(match, size) for size in few], learner, sums)
-
-
-def match_goals(
-    config: Config, size: int, learner: Learner, sums: dict, past: Past, episode, targets, num_goals, key
-) -> tuple[Learner, dict]:
-    """Matches the achievements of an episode with those of its targets, of which there are at most `size`."""
-    rows, episodes = past.rows, past.episodes
-    negative_key, row_key = jax.random.split(key)
-    most = episodes.goals.shape[1]
-    source, source_goals = episodes.goals[episode], episodes.num_goals[episode]
-    exists = jnp.arange(most) < num_goals[:, None]  # (targets, most)
-    target_goals = episodes.goals[targets]
-
-    # the targets' achievements, without the padding, are encoded together with the source's
-    (where,) = jnp.nonzero(exists.reshape(-1), size=size, fill_value=0)
-    goals = jnp.concatenate([source, target_goals.reshape(-1)[where]])
-    vectors = represent(learner.agent, rows.observation[goals], rows.observation[goals + 1])
-    source_vectors = vectors[:most]
-    target_vectors = jnp.zeros((exists.size, vectors.shape[1])).at[where].set(vectors[most:])
-    target_vectors = target_vectors.reshape(*exists.shape, -1)
-
-    cost = 1 - jnp.einsum("ud,tvd->tuv", source_vectors, target_vectors)
-    plan = jax.vmap(lambda c, n: transport_plan(c, source_goals, n, config))(cost, num_goals)
-    matched = plan > config.match_threshold  # (targets, most of the source, most of the target)
-    target, u, v = jnp.nonzero(matched, size=size, fill_value=0)
-    valid = jnp.arange(size) < matched.sum()
-
-    free = exists & ~matched.any(axis=1) if config.variant == "paper" else exists
-    negative = jax.random.categorical(negative_key, jnp.where(free[target], 0.0, -jnp.inf))
-    valid &= free.any(axis=1)[target]
-    steps = jax.random.randint(row_key, (size,), 0, episodes.length[episode]) + episodes.start[episode]
-    return apply(
-        *(config, learner, sums, "matching_optimizer", matching_loss),
-        *(rows.observation[source], rows.observation[source + 1], u),
-        *(target_vectors[target, v], target_vectors[target, negative]),
-        *(valid, gather(rows, steps)),
-        valid=valid,
-    )
+    `compile` is `Run.compile_jitted`; `state` are the shapes of a seed's."""
+    window = jax.eval_shape(remember, state.agent, state.window)
+    programs = {"remember": compile("remember", jax.jit(remember, donate_argnums=1), state.agent, state.window)}
+    most = state.window.achievements.shape[2]
+    longest = min(config.episode_length, 2 * (config.auxiliary_batch_size + most + 1))
+    largest = {"matching": 2 * most * (1 + config.num_targets), "prediction": longest}
+    two = [Episode(0, 2, 1, np.zeros(most, int))] * 2
+    for name, (batches, loss) in auxiliary_losses(config).items():
+        jitted = jax.jit(partial(update, config, loss), donate_argnums=0)
+        carry = state.agent, state.normaliser, state.optimizers[name]
+        for size in (128, *(size for size in (256, 512, 1024, 2048, 4096) if size < 2 * largest[name])):
+            (batch,) = batches(config, np.random.default_rng(0), two, 0, size)
+            programs[name, size] = compile(f"{name}, {size} rows", jitted, carry, window, batch)
+    return programs
 
 
 # ---- evaluation ---------------------------------------------------------------------------------------------------
-
 
 SCORES = run.Scores("Crafter score, %", {"eval/score": "evaluation", "train/score": "all training episodes so far"})
 
 
 def evaluate(config: Config, vector: VectorEnv, agent: Agent, key: Key[Array, ""]) -> dict:
     """One fresh episode in each environment of `vector`, with actions drawn from the policy."""
-    start_key, step_key, probe_key = jax.random.split(key, 3)
-    unused = Normaliser(*jnp.zeros(3))
-    empty = jnp.zeros(vector.num_envs)
-    results = {"return": empty, "episode_length": empty, "success": jnp.zeros((vector.num_envs, *achievements(vector)))}
+    start_key, step_key = jax.random.split(key)
+    act_once = partial(step, config, vector, agent, Normaliser(*jnp.zeros(3)))
 
     def body(carry):
-        acting, finished, results, t = carry
-        acting, seen = step(config, vector, agent, unused, acting, jax.random.fold_in(step_key, t))
-        new = {
-            "return": seen.episode_return,
-            "episode_length": seen.episode_steps.astype(jnp.float32),
-            "success": seen.achievements.astype(jnp.float32),
-        }
-        counts = seen.done & ~finished
-        pick = lambda old, new: jnp.where(counts.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-        return acting, finished | seen.done, jax.tree.map(pick, results, new), t + 1
+        acting, ended, last, t = carry
+        acting, taken = act_once(acting, jax.random.fold_in(step_key, t))
+        ends = taken.done & ~ended
+        keep = lambda old, new: jnp.where(ends.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        return acting, ended | ends, jax.tree.map(keep, last, taken), t + 1
 
-    start = start_acting(config, vector, start_key), jnp.zeros(vector.num_envs, bool), results, 0
-    _, _, results, _ = jax.lax.while_loop(lambda carry: ~carry[1].all(), body, start)
-    success = results["success"].mean(axis=0)
-    info = {
-        "eval/score": crafter_score(success),
-        "eval/return": results["return"].mean(),
-        "eval/episode_length": results["episode_length"].mean(),
-    }
-    info |= {f"eval/success/{name}": rate for name, rate in zip(vector.env.achievement_names, success)}
-    return info | (probe(config, vector, agent, probe_key) if config.probe else {})
-
-
-def achievements(vector: VectorEnv) -> tuple[int]:
-    return (len(vector.env.achievement_names),)
-
-
-PROBE_STEPS = 500
-"""Steps of each environment that the probe is fitted to and tested on."""
-PROBE_UPDATES = 500
-
-
-def probe(config: Config, vector: VectorEnv, agent: Agent, key: Key[Array, ""]) -> dict:
-    """How well a linear classifier on the frozen encoder tells which achievement is unlocked next (section 5.4).
-
-    It is fitted, by full-batch Adam, to the steps of half of the environments and tested on the other half; steps
-    after which nothing is unlocked before the episode or the recording ends are left out. `probe_confidence` is the
-    median probability that it gives to the true achievement.
-    """
-    start_key, key = jax.random.split(key)
-    unused = Normaliser(*jnp.zeros(3))
-
-    def record(acting, key):
-        before = acting.envs.env.achievements
-        acting, seen = step(config, vector, agent, unused, acting, key)
-        new = seen.achievements & ~before
-        return acting, (acting.latent, jnp.where(new.any(axis=1), jnp.argmax(new, axis=1), -1), seen.done)
-
-    acting = start_acting(config, vector, start_key)
-    _, (latent, unlocked, done) = jax.lax.scan(record, acting, jax.random.split(key, PROBE_STEPS))
-
-    def backward(following, step):
-        unlocked, done = step
-        following = jnp.where(unlocked >= 0, unlocked, jnp.where(done, -1, following))
-        return following, following
-
-    nothing = jnp.full(vector.num_envs, -1)
-    following = jax.lax.scan(backward, nothing, (unlocked, done), reverse=True)[1]
-    half = vector.num_envs // 2
-    split = lambda x: (x[:, :half].reshape(-1, *x.shape[2:]), x[:, half:].reshape(-1, *x.shape[2:]))
-    (train_x, test_x), (train_y, test_y) = split(latent), split(following)
-    centre, spread = train_x.mean(axis=0), train_x.std(axis=0) + 1e-6
-    weights = jnp.zeros((latent.shape[-1] + 1, *achievements(vector)))
-    optimizer = optax.adam(0.01)
-
-    def log_prob(weights, x, y):
-        x = (x - centre) / spread
-        log_probs = jax.nn.log_softmax(x @ weights[:-1] + weights[-1])
-        return log_probs, jnp.take_along_axis(log_probs, jnp.maximum(y, 0)[:, None], axis=1)[:, 0]
-
-    def fit(carry, _):
-        weights, state = carry
-        loss = lambda w: -masked_mean(log_prob(w, train_x, train_y)[1], train_y >= 0)
-        updates, state = optimizer.update(jax.grad(loss)(weights), state)
-        return (optax.apply_updates(weights, updates), state), None
-
-    (weights, _), _ = jax.lax.scan(fit, (weights, optimizer.init(weights)), None, length=PROBE_UPDATES)
-    log_probs, of_true = log_prob(weights, test_x, test_y)
-    right = (jnp.argmax(log_probs, axis=1) == test_y).astype(jnp.float32)
+    last = no_steps(config, vector.env, vector.num_envs)
+    start = start_acting(config, vector, agent, start_key), last.done, last, 0
+    _, _, last, _ = jax.lax.while_loop(lambda carry: ~carry[1].all(), body, start)
+    success = last.achievements.mean(axis=0)
     return {
-        "eval/probe_accuracy": masked_mean(right, test_y >= 0),
-        "eval/probe_confidence": jnp.nanmedian(jnp.where(test_y >= 0, jnp.exp(of_true), jnp.nan)),
+        "eval/score": AchievementEnv.score(success),
+        "eval/return": last.episode_return.mean(),
+        "eval/episode_length": last.episode_steps.mean(),
+        **{f"eval/success/{name}": rate for name, rate in zip(vector.env.achievement_names, success)},
     }
 
 
@@ -1181,60 +815,53 @@ def main(argv: list[str] | None = None) -> None:
         f"num_seeds is {config.num_seeds}; {config.env} runs outside of JAX, so it is 1",
     )
     vectors = [env.vectorise(n, config.episode_length) for n in (config.num_envs, config.num_eval_envs)]
-    with run.Run(config, "ppo_ad", SCORES) as log:
-        try:
-            agent = train(config, *vectors, log)
-            draw(config, vectors[1], agent, log)
-        except RuntimeError:
-            reason = vectors[0].failure or vectors[1].failure
-            if not reason:
-                raise
-            raise run.UserError(f"{reason}; to go on from the last checkpoint: --resume {log.folder}") from None
-        finally:
-            for vector in vectors:
-                vector.close()
+    with run.Run(config, "ppo_ad", SCORES, vectors=vectors) as log:
+        agent = train(config, *vectors, log)
+        draw(config, vectors[1], agent, log)
 
 
 def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Run) -> Agent:
     """Begins or resumes; then rollouts, PPO, and now and then an auxiliary phase. Returns the first seed's agent."""
     begin = log.over_seeds(partial(init, config, vector))
     shapes = jax.eval_shape(begin, log.seeds)
-    switches = [name for name in ("prediction", "matching", "memory") if config.distill and getattr(config, name)]
+    switches = [*auxiliary_losses(config), *(["memory"] if memory_size(config) else [])]
     what = f"PPO with {', '.join(switches)}" if switches else "plain PPO"
     log.describe(RECIPES, what, f"simulator: {vector.env.simulator}", agent=shapes.agent, encoder=shapes.agent.encoder)
     state = log.restore(shapes)
-    acting = shapes.agent, shapes.normaliser, shapes.acting
     # donates nothing, so that the state outlives an environment that fails
-    collect_rollout = log.compile("collect", partial(collect, config, vector), *acting)
+    collect_rollout = log.compile("collect", partial(collect, config, vector), shapes)
     learn_rollout = log.compile("learn", partial(learn, config), shapes, *collect_rollout.output, donate=True)
     score = log.compile("evaluate", partial(evaluate, config, eval_vector), shapes.agent, log.seeds)
-    if distills(config):
-        distil_window = log.compile("distil", partial(distil, config), shapes, donate=True)
+    if auxiliary_losses(config):
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+        programs = compile_phase(config, log.compile_jitted, one)
+        log.columns += ["auxiliary/episodes", "auxiliary/achievements"]
+        log.columns += [f"auxiliary/{name}_{x}" for name in auxiliary_losses(config) for x in ("steps", *METRICS)]
     if state is None:
         state = begin(log.seeds)
     elif not vector.env.in_jax:
         log.progress.show("replaying the episodes that were going on")
-        vector.restore(jax.tree.map(lambda x: x[0], state.acting.envs))
+        vector.restore(run.one_seed(state.acting.envs))
     while log.going(state):
         try:
-            rollout = jax.block_until_ready(collect_rollout(state.agent, state.normaliser, state.acting))
+            rollout = jax.block_until_ready(collect_rollout(state))
         except RuntimeError:
             log.save(state)
             raise
         state, metrics = learn_rollout(state, *rollout)
-        if distills(config) and state.env_steps[0] // rollout_steps(config) % config.auxiliary_every == 0:
-            state, auxiliary = distil_window(state)
-            metrics |= auxiliary
+        if auxiliary_losses(config) and state.env_steps[0] // rollout_steps(config) % config.auxiliary_every == 0:
+            phase = partial(distil, config, programs, log.progress.show)
+            phases = [phase(run.one_seed(state, i)) for i in range(config.num_seeds)]
+            after, auxiliary = jax.tree.map(lambda *seeds: jnp.stack(seeds), *phases)
+            state, metrics = after._replace(window=state.window), metrics | auxiliary
         if log.evaluates(state):
             metrics |= jax.block_until_ready(score(state.agent, log.evaluation_keys(state)))
             eval_vector.close()
         log.end_chunk(state, metrics)
-    return jax.tree.map(lambda x: x[0], state.agent)
+    return run.one_seed(state.agent)
 
 
-FILM_STEPS = 500
-"""The film of episodes is cut after so many steps."""
-FILM_EPISODES = 4
+FILM_EPISODES, FILM_STEPS = 4, 500
 
 
 def draw(config: Config, vector: VectorEnv, agent: Agent, log: run.Run) -> None:
@@ -1243,8 +870,8 @@ def draw(config: Config, vector: VectorEnv, agent: Agent, log: run.Run) -> None:
     title = f"{config.env}: last evaluation of {config.num_eval_envs} episodes"
     log.print(f"success rates   {pictures.draw_success(log.folder, vector.env.achievement_names, title)}")
     log.progress.show("filming the policy")
-    key = run.evaluation_key(jax.random.key(config.seed))
-    states, done = jax.jit(partial(record_episodes, config, vector))(agent, key)
+    record = jax.jit(partial(record_episodes, config, vector))
+    states, done = record(agent, run.evaluation_key(jax.random.key(config.seed)))
     film = pictures.film_first_episodes(vector.env, states, done, str(log.folder / "rollout"))
     log.print(f"policy          {film}")
 
@@ -1252,16 +879,13 @@ def draw(config: Config, vector: VectorEnv, agent: Agent, log: run.Run) -> None:
 def record_episodes(config: Config, vector: VectorEnv, agent: Agent, key: Key[Array, ""]):
     """States (time, episodes, ...) of the first environments of `vector`, and which steps ended an episode."""
     start_key, key = jax.random.split(key)
-    unused = Normaliser(*jnp.zeros(3))
-    few = lambda x: x[:FILM_EPISODES]
 
     def body(acting, key):
-        state = jax.tree.map(few, acting.envs.env)
-        acting, seen = step(config, vector, agent, unused, acting, key)
-        return acting, (state, few(seen.done))
+        after, taken = step(config, vector, agent, Normaliser(*jnp.zeros(3)), acting, key)
+        return after, jax.tree.map(lambda x: x[:FILM_EPISODES], (acting.envs.env, taken.done))
 
     keys = jax.random.split(key, min(config.episode_length, FILM_STEPS))
-    return jax.lax.scan(body, start_acting(config, vector, start_key), keys)[1]
+    return jax.lax.scan(body, start_acting(config, vector, agent, start_key), keys)[1]
 
 
 def load(folder: str | Path, seed: int | None = None) -> tuple[Config, AchievementEnv, Agent]:

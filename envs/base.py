@@ -161,6 +161,11 @@ class AchievementEnv(Env):
     def observation_size(self) -> int:
         return math.prod(self.observation_shape)
 
+    @staticmethod
+    def score(success: Float[Array, " achievements"]) -> Float[Array, ""]:
+        """Crafter's, in percent: the geometric mean of success rates with an offset of 1 % (Hafner 2022, eq. 1)."""
+        return jnp.exp(jnp.mean(jnp.log1p(100 * success))) - 1
+
     def vectorise(self, num_envs: int, episode_length: int) -> "VectorEnv":
         """`num_envs` copies that are reset by themselves."""
         return VectorEnv(self, num_envs, episode_length, fresh_worlds=self.fresh_worlds)

@@ -89,14 +89,13 @@ def phases(script) -> tuple[str, dict, object]:
 
         def collect(carry):
             state, _ = carry
-            return state, ppo_ad.collect(config, vector, state.agent, state.normaliser, state.acting)
+            return state, ppo_ad.collect(config, vector, state)
 
         def learn(carry):
             state, data = carry
             return ppo_ad.learn(config, state, *data)[0], data
 
-        rollout = run.over_seeds(1, partial(ppo_ad.collect, config, vector))
-        data = jax.jit(rollout)(state.agent, state.normaliser, state.acting)
+        data = jax.jit(run.over_seeds(1, partial(ppo_ad.collect, config, vector)))(state)
         steps = ppo_ad.rollout_steps(config)
         updates = config.update_epochs * config.num_minibatches
         return config.env, {"collect": (jitted(collect), steps), "learn": (jitted(learn), updates)}, (state, data)

@@ -178,6 +178,22 @@ class NormedDense(eqx.Module):
         return jax.nn.relu(jnp.matmul(x, weight.T, preferred_element_type=jnp.float32))
 
 
+class NormedMLP(eqx.Module):
+    """LayerNorm, linear, ReLU, linear, with the initial weights of Moon et al. 2023."""
+
+    hidden: NormedDense
+    out: Dense
+
+    def __init__(self, in_size: int, hidden_size: int, out_size: int, key: Key[Array, ""]):
+        hidden_key, out_key, weight_key = jax.random.split(key, 3)
+        self.hidden = NormedDense(in_size, hidden_size, 1.4, hidden_key)
+        out = Dense(hidden_size, out_size, out_key)
+        self.out = eqx.tree_at(lambda layer: layer.weight, out, unit_weights(weight_key, out.weight.shape, 1.0))
+
+    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
+        return self.out(self.hidden(x))
+
+
 class ImageNorm(eqx.Module):
     """GroupNorm with one group: mean and variance over the whole image, scale and shift for each channel."""
 

@@ -390,23 +390,25 @@ class Run:
       seeds: a random key for each seed, shape (num_seeds,).
       steps: step counts of the state that `going` or `end_chunk` saw last, first `env_steps`.
       stopping: the signal by which Ctrl-C or SIGTERM asked the loop to end after its chunk; else None.
-      compile_seconds: spent in `compile` so far, over all sessions of the run.
+      compile_seconds: spent compiling so far, over all sessions of the run.
+      columns: metrics that have a column in metrics.csv.
 
     Args:
       config: the script's Config.
       algorithm: its name, a part of the default folder.
       scores: what to show of evaluations.
       unsaved: fields of the state that checkpoints leave out; a restored state has None there.
+      vectors: vectorised environments, closed at the end; a RuntimeError that is their failure becomes a UserError.
 
     Raises:
       UserError: the folder cannot be written, or already holds a run.
     """
 
-    def __init__(self, config, algorithm: str, scores: Scores, unsaved: tuple[str, ...] = ()):
+    def __init__(self, config, algorithm: str, scores: Scores, unsaved: tuple[str, ...] = (), vectors=()):
         jax.config.update("jax_default_matmul_precision", config.matmul_precision)
-        self.config, self.scores, self.seeds = config, scores, _seed_keys(config)
+        self.config, self.scores, self.seeds, self._vectors = config, scores, _seed_keys(config), vectors
         self.stopping, self.compile_seconds, self.steps = None, 0.0, {}
-        self._unsaved, self._columns, self._score = dict.fromkeys(unsaved), [], ""
+        self._unsaved, self.columns, self._score = dict.fromkeys(unsaved), [], ""
         name = f"{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(config.resume or config.run_dir or Path("runs", algorithm, config.env, name))
         try:
@@ -428,14 +430,19 @@ class Run:
         self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, exception, *_):
-        if not exception:
+    def __exit__(self, _, error, traceback):
+        if not error:
             self.print(str(self.folder))
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self.progress.close()
         for sink in self._sinks:
             sink.close()
+        failures = [vector.failure for vector in self._vectors if vector.failure]
+        for vector in self._vectors:
+            vector.close()
+        if failures and isinstance(error, RuntimeError):
+            raise UserError(f"{failures[0]}; to go on from the last checkpoint: --resume {self.folder}") from None
 
     def _on_signal(self, number, _):
         if self.stopping:
@@ -464,19 +471,24 @@ class Run:
         return jax.jit(over_seeds(self.config.num_seeds, function), donate_argnums=(0,) if donate else ())
 
     def compile(self, name: str, function, *shapes, donate: bool = False) -> Program:
-        """Compiles a function of one seed for arguments of all seeds; prints how long that took and its memory.
+        """Compiles a function of one seed for arguments of all seeds.
 
         A dict among its results holds metrics; their names become columns of metrics.csv.
         """
+        program = self.compile_jitted(name, self.over_seeds(function, donate), *shapes)
+        for result in program.output if type(program.output) is tuple else [program.output]:
+            self.columns += result if isinstance(result, dict) else []
+        return program
+
+    def compile_jitted(self, name: str, jitted, *shapes) -> Program:
+        """Compiles a jitted function as it is; prints how long that took and its memory."""
         self.exit_if_stopping()
         self.progress.show(f"compiling {name}")
         start = time.monotonic()
-        traced = self.over_seeds(function, donate).trace(*shapes)
+        traced = jitted.trace(*shapes)
         compiled, output = traced.lower().compile(), traced.out_info
         seconds = time.monotonic() - start
         self.compile_seconds += seconds
-        for result in output if type(output) is tuple else [output]:
-            self._columns += result if isinstance(result, dict) else []
         memory = compiled.memory_analysis()
         held, temporary = (getattr(memory, f"{kind}_size_in_bytes", 0) / 1e6 for kind in ("argument", "temp"))
         self.print(f"compiled {name} in {seconds:.1f} s; memory {held:.0f} MB held, {temporary:.0f} MB temporary")
@@ -617,7 +629,7 @@ class Run:
         path = self.folder / "metrics.csv"
         new = not path.exists() or not path.stat().st_size
         with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, ["seed", *head, *self._columns])
+            writer = csv.DictWriter(file, ["seed", *head, *self.columns])
             if new:
                 writer.writeheader()
             for i in range(self.config.num_seeds):
@@ -695,7 +707,7 @@ def load_agent(make_agent, folder, config, seed: int | None = None):
     for path in _checkpoints(folder):
         with path.open("rb") as file:
             if _intact_header(file):
-                return jax.tree.map(lambda x: x[index], _read_state(file, like))
+                return one_seed(_read_state(file, like), index)
     raise UserError(f"{folder} has no intact checkpoint; a run saves its first before its first gradient step")
 
 
@@ -715,7 +727,12 @@ def over_seeds(num_seeds: int, function):
     """Batches a function of one seed over a leading axis of seeds; see `Run.over_seeds`."""
     if num_seeds > 1:
         return jax.vmap(function)
-    return lambda *args: jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], args)))
+    return lambda *args: jax.tree.map(lambda x: x[None], function(*one_seed(args)))
+
+
+def one_seed(tree, i: int = 0):
+    """Of arrays with a leading axis of seeds, those of the i-th."""
+    return jax.tree.map(lambda x: x[i], tree)
 
 
 def device_name() -> str:

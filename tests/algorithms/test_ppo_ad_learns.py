@@ -22,17 +22,19 @@ def trained(config, env, rollouts):
     vector, batched = env.vectorise(config.num_envs, config.episode_length), partial(run.over_seeds, config.num_seeds)
 
     def rollout(state):
-        acting, steps = ppo_ad.collect(config, vector, state.agent, state.normaliser, state.acting)
-        return ppo_ad.learn(config, state, acting, steps)[0]
+        return ppo_ad.learn(config, state, *ppo_ad.collect(config, vector, state))[0]
 
     rollout = jax.jit(batched(rollout), donate_argnums=0)
-    distil = jax.jit(batched(lambda state: ppo_ad.distil(config, state)[0]), donate_argnums=0)
     seeds = jax.vmap(jax.random.key)(jnp.arange(config.num_seeds))
     state = jax.jit(batched(partial(ppo_ad.init, config, vector)))(seeds)
+    distils = bool(ppo_ad.auxiliary_losses(config))
+    programs = distils and ppo_ad.compile_phase(config, lambda name, jitted, *shapes: jitted, run.one_seed(state, 0))
     for i in range(1, rollouts + 1):
         state = rollout(state)
-        if ppo_ad.distills(config) and i % config.auxiliary_every == 0:
-            state = distil(state)
+        if distils and i % config.auxiliary_every == 0:
+            seeds = [run.one_seed(state, seed) for seed in range(config.num_seeds)]
+            after = [ppo_ad.distil(config, programs, lambda line: None, seed)[0] for seed in seeds]
+            state = jax.tree.map(lambda *x: jnp.stack(x), *after)._replace(window=state.window)
     return state
 
 
@@ -77,7 +79,7 @@ def test_ppo_learns_the_best_action_and_its_value():
     """One-step episodes: reward 1 for naming the cue, so the return is 1 and so is the value of both cues."""
     config = ppo_ad.Config(distill=False, unroll_length=16, entropy_weight=0.0, **SMALL)
     env = Probe(blank=0)
-    state = jax.tree.map(lambda x: x[0], trained(config, env, 40))
+    state = run.one_seed(trained(config, env, 40))
     assert reward_at_the_end(config, env, state.agent) > 0.98
     observation = jnp.array([[1.0, 1, 0, 0], [-1.0, 1, 0, 0]])
     value = state.normaliser.denormalise(
@@ -91,7 +93,7 @@ def test_the_memory_tells_what_was_unlocked_before(memory, lowest, highest):
     """Four steps after the cue the observation is the same for both: without memory the known best is a coin."""
     config = ppo_ad.Config(memory=memory, matching=False, prediction=False, unroll_length=20, gae_lambda=0.95, **SMALL)
     env = Probe(blank=4)
-    state = jax.tree.map(lambda x: x[0], trained(config, env, 150))
+    state = run.one_seed(trained(config, env, 150))
     assert lowest <= reward_at_the_end(config, env, state.agent) <= highest
 
 
@@ -118,7 +120,7 @@ def rate_of_the_deepest(config, agent):
 def fresh_steps(config, agent):
     """Steps of 64 whole episodes of one agent, (time, envs, ...), and the achievement unlocked at each, or -1."""
     vector = minicraft.Minicraft().vectorise(64, config.episode_length)
-    acting = ppo_ad.start_acting(config, vector, jax.random.key(5))
+    acting = ppo_ad.start_acting(config, vector, agent, jax.random.key(5))
     normaliser = ppo_ad.Normaliser(*jnp.zeros(3))
     step = partial(ppo_ad.step, config, vector, agent, normaliser)
     keys = jax.random.split(jax.random.key(6), config.episode_length)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from algorithms import cocoa, crl, ppo_ad
@@ -74,8 +75,7 @@ BAD_INPUT = {
         (["--match_threshold=0.4"], r"match_threshold is 0.4; it lies in \[0.5, 1\), so that matches are one to one"),
         (["--auxiliary_every=1", "--unroll_length=2"], r"auxiliary_every x unroll_length is below 3 steps"),
         (["--transport_iterations=0"], r"transport_iterations is 0; it is at least 1"),
-        (["--probe", "--num_eval_envs=1"], r"num_eval_envs is 1; the probe is fitted to half"),
-        (["--transport=exact"], r"sinkhorn\|dykstra"),
+        (["--variant=text"], r"code\|paper"),
         (["--resume=/tmp"], r"/tmp is not a run folder"),
     ],
     cocoa: [
@@ -147,18 +147,20 @@ def step_counts(state) -> list[str]:
 
 
 def ppo_ad_metrics() -> list[str]:
-    config = configured(ppo_ad, "--probe")
+    config = configured(ppo_ad)
     env = run.make_env(config.env, ppo_ad.AchievementEnv, config.env_options)
     vector = env.vectorise(config.num_envs, config.episode_length)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: ppo_ad.init(config, vector, key), key)
 
     def chunk(state, key):
-        acting, rollout = ppo_ad.collect(config, vector, state.agent, state.normaliser, state.acting)
-        state, info = ppo_ad.learn(config, state, acting, rollout)
-        return info | ppo_ad.distil(config, state)[1] | ppo_ad.evaluate(config, vector, state.agent, key)
+        state, info = ppo_ad.learn(config, state, *ppo_ad.collect(config, vector, state))
+        return info | ppo_ad.evaluate(config, vector, state.agent, key)
 
-    names = [*jax.eval_shape(chunk, state, key), *step_counts(state)]
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state.window)  # in which there is no episode
+    programs = {"remember": lambda agent, window: window}
+    phase = ppo_ad.distil(config, programs, print, state._replace(window=blank, key=jax.random.key(0)))[1]
+    names = [*jax.eval_shape(chunk, state, key), *phase, *step_counts(state)]
     return [re.sub("success/.*", "success/<achievement>", name) for name in names]
 
 

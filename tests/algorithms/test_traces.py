@@ -11,7 +11,7 @@ from algorithms import cocoa, crl, ppo_ad
 # the flags of the command tests' reference runs, whose compiled programs these share
 RUNS = [
     (crl, ("collect", "learn", "evaluate"), [*test_crl_command.TINY, "--total_env_steps=40000"]),
-    (ppo_ad, ("collect", "learn", "distil", "evaluate"), [*test_ppo_ad_command.TINY, "--total_env_steps=8000"]),
+    (ppo_ad, ("collect", "learn", "remember", "evaluate"), [*test_ppo_ad_command.TINY, "--total_env_steps=8000"]),
     (cocoa, ("fill", "collect", "learn", "evaluate"), [*test_cocoa_command.TINY, "--total_env_steps=12000"]),
 ]
 

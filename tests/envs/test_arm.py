@@ -131,10 +131,9 @@ def throws(envs):
     random = np.random.default_rng(0).uniform((-1, 0.6, 0.1, 0.5, -1), (1, 1, 0.6, 1, 1), (8, 10, 5)).repeat(6, axis=1)
     actions = np.concatenate([np.zeros((8, 60, 5)), random])
     qpos, qvel = (np.concatenate([x, x]) for x in (qpos, qvel))
-    run = rollout(env)
-    states = run(qpos, actions, qvel)
+    states = rollout(env)(qpos, actions, qvel)
     along = ((states.observation[:8, :, :2] - centres[:, None]) * directions[:, None]).sum(-1)
-    return SimpleNamespace(env=env, qpos=qpos, qvel=qvel, actions=actions, run=run, states=states, along=along)
+    return SimpleNamespace(env=env, qpos=qpos, qvel=qvel, actions=actions, states=states, along=along)
 
 
 def test_action_0_settles_where_the_published_arm_does(pushing):
@@ -237,10 +236,8 @@ def test_leaving_out_contact_points_changes_nothing(throws):
     states = rollout(env)(throws.qpos, throws.actions[:, :20], throws.qvel)
     difference = np.abs(states.observation - throws.states.observation[:, :20])
     assert difference[:8].max() < 1e-3
-    # rounding grows where an arm pushes, how much depends on the processor: as if the cube were moved by a micrometre
-    nudged = throws.run(throws.qpos + 1e-6 * np.eye(env.model.nq)[0], throws.actions, throws.qvel)
-    rounding = np.abs(nudged.observation - throws.states.observation)[8:, :5].max()
-    assert difference[8:, :5].max() < max(2e-3, 2 * rounding) < 0.01
+    # 75 substeps of the arm; then it pushes, and rounding grows: a cube moved by a micrometre is 3 mm off at step 4
+    assert difference[8:, :3].max() < 1e-4
 
 
 def test_reach_rewards_the_wrist_within_10_cm_after_the_step(envs):
