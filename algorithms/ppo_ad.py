@@ -10,7 +10,7 @@ by partial optimal transport between their sequences (cross-trajectory matching)
 KL penalty. The achievement unlocked last is the policy's memory. An achievement is represented by the change of the
 latent state that unlocking it made; which one it is, or what there is to achieve, is never told.
 
-    python algorithms/ppo_ad.py                                    a small world with six achievements (3 minutes)
+    python algorithms/ppo_ad.py                                    a small world with six achievements (90 seconds)
     python algorithms/ppo_ad.py --distill=false                    plain PPO on it
     python algorithms/ppo_ad.py --env craftax_classic_pixels       the paper's networks and budget (for a GPU)
     python algorithms/ppo_ad.py --env crafter                      the original benchmark: pip install -e '.[crafter]'

@@ -162,7 +162,7 @@ def labels(config, agent):
 
 
 # Margins lie between what was measured with the whole method and what is left with a broken loss: five seeds unlock
-# iron in 0.195 of the episodes, with neither loss in 0.100, with plain PPO in 0.083 (results/minicraft*.csv).
+# iron in 0.21 of the episodes, with neither loss in 0.11, with plain PPO in 0.08 (results/minicraft*.csv).
 
 
 @pytest.mark.slow
