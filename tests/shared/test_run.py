@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple
 
 import chex
@@ -146,7 +147,7 @@ def chunks(log, start, *env_steps, **metrics):
 
 def new_run(folder, **settings):
     log = run.Run(Config(run_dir=str(folder), num_seeds=2, **settings), "test", SCORES)
-    log._columns += ["train/loss", "eval/x"]  # which `compile` finds
+    log.columns += ["train/loss", "eval/x"]  # which `compile` finds
     return log
 
 
@@ -160,7 +161,7 @@ def folder(tmp_path):
 
 def resumed(folder, **settings):
     log = run.Run(Config(resume=str(folder), num_seeds=2, **settings), "test", SCORES)
-    log._columns += ["train/loss", "eval/x"]
+    log.columns += ["train/loss", "eval/x"]
     return log
 
 
@@ -368,7 +369,7 @@ def test_a_run_goes_on_with_more_steps_and_says_so_in_its_folder(folder, steps, 
         return
     config = configure(f"--resume={folder}", "--total_env_steps=140")
     with run.Run(config, "test", SCORES) as log:
-        log._columns += ["train/loss", "eval/x"]
+        log.columns += ["train/loss", "eval/x"]
         assert log.going(log.restore(SHAPES))
         state = chunks(log, 40, 120)
         assert log.going(state), "the earlier total of 100 does not hold any more"
@@ -430,9 +431,28 @@ def test_a_compiled_function_is_batched_and_traced_once_and_its_metrics_become_c
         compiled = log.compile("chunk", chunk, jax.eval_shape(lambda: state))
         for _ in range(3):
             state, metrics = compiled(state)
-        assert log._columns == ["eval/b", "train/a"]
+        assert log.columns == ["eval/b", "train/a"]
     chex.assert_shape(metrics["train/a"], (num_seeds,))
     np.testing.assert_array_equal(state.agent, state_at(20).agent[:num_seeds] + 3)
+
+
+def test_a_program_of_one_seed_is_compiled_as_it_is_and_adds_no_columns(tmp_path):
+    with run.Run(Config(run_dir=str(tmp_path / "r"), num_seeds=2), "test", SCORES) as log:
+        add = log.compile_jitted("add", jax.jit(lambda x, y: (x + y, {"a": x})), jnp.ones(3), jnp.ones(3))
+        np.testing.assert_array_equal(add(jnp.ones(3), jnp.arange(3.0))[0], [1, 2, 3])
+        assert log.columns == [] and log.compile_seconds > 0
+
+
+@pytest.mark.parametrize(("failure", "error"), [("a worker died", run.UserError), (None, RuntimeError)])
+def test_environments_are_closed_and_their_failure_is_one_line(tmp_path, failure, error):
+    closed = []
+    vectors = [SimpleNamespace(failure=f, close=lambda f=f: closed.append(f)) for f in (None, failure)]
+    with (
+        pytest.raises(error, match="a worker died; to go on .*: --resume" if failure else "another fault"),
+        run.Run(Config(run_dir=str(tmp_path / "r")), "test", SCORES, vectors=vectors),
+    ):
+        raise RuntimeError("another fault")
+    assert closed == [None, failure]
 
 
 def test_a_missing_logger_is_named(tmp_path, monkeypatch):
