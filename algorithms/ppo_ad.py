@@ -624,16 +624,13 @@ def score_episodes(config: Config, state: TrainState, steps: Step) -> tuple:
     episodes = state.episodes + ended.sum(dtype=jnp.int32)
     successes = state.successes + jnp.sum(steps.achievements & ended[..., None], axis=(0, 1), dtype=jnp.int32)
     mean = lambda x: jnp.sum(jnp.where(ended, x, 0)) / ended.sum()  # NaN if none ended
-    return (
-        episodes,
-        successes,
-        {
-            "train/return": mean(steps.episode_return),
-            "train/episode_length": mean(steps.episode_steps),
-            "train/episodes": episodes,
-            "train/score": AchievementEnv.score(successes / episodes),
-        },
-    )
+    info = {
+        "train/return": mean(steps.episode_return),
+        "train/episode_length": mean(steps.episode_steps),
+        "train/episodes": episodes,
+        "train/score": AchievementEnv.score(successes / episodes),
+    }
+    return episodes, successes, info
 
 
 # ---- the auxiliary phase ------------------------------------------------------------------------------------------
@@ -767,7 +764,10 @@ def compile_phase(config: Config, compile, state: TrainState) -> dict:
     for name, (batches, loss) in auxiliary_losses(config).items():
         jitted = jax.jit(partial(update, config, loss), donate_argnums=0)
         carry = state.agent, state.normaliser, state.optimizers[name]
-        for size in (128, *(size for size in (256, 512, 1024, 2048, 4096) if size < 2 * largest[name])):
+        sizes = [128]
+        while sizes[-1] < largest[name]:
+            sizes.append(2 * sizes[-1])
+        for size in sizes:
             (batch,) = batches(config, np.random.default_rng(0), two, 0, size)
             programs[name, size] = compile(f"{name}, {size} rows", jitted, carry, window, batch)
     return programs

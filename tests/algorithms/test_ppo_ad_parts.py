@@ -670,6 +670,18 @@ def test_arrays_are_padded_to_the_first_double_that_is_long_enough():
     assert x.tolist() == [0, 1, 2, 0]
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "targets", "lengths"), [(8, 2, (128, 128)), (300, 2, (128, 1024)), (3000, 900, (8192, 8192))]
+)
+def test_every_size_that_a_minibatch_can_have_is_compiled(batch_size, targets, lengths):
+    config = dataclasses.replace(ACTING, auxiliary_batch_size=batch_size, num_targets=targets, episode_length=10_000)
+    state = jax.eval_shape(partial(ppo_ad.init, config, VECTOR), jax.random.key(0))
+    programs = ppo_ad.compile_phase(config, lambda name, jitted, *shapes: jitted, state)
+    for name, largest in zip(("matching", "prediction"), lengths):
+        sizes = [size for which, size in programs.keys() - {"remember"} if which == name]
+        assert sorted(sizes) == [128 * 2**k for k in range(len(sizes))] and max(sizes) == largest
+
+
 # ---- the auxiliary phase -------------------------------------------------------------------------------------------
 
 WINDOW = 2, 40

@@ -236,7 +236,7 @@ def test_leaving_out_contact_points_changes_nothing(throws):
     states = rollout(env)(throws.qpos, throws.actions[:, :20], throws.qvel)
     difference = np.abs(states.observation - throws.states.observation[:, :20])
     assert difference[:8].max() < 1e-3
-    # 75 substeps of the arm; then it pushes, and rounding grows: a cube moved by a micrometre is 3 mm off at step 4
+    # after 75 substeps rounding grows: a cube moved by a micrometre is 3 mm off at step 4
     assert difference[8:, :3].max() < 1e-4
 
 
