@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import ot
 import pytest
+from test_transport import pot
 
 from algorithms import ppo_ad
 from envs import AchievementEnv, AchievementState
@@ -470,14 +470,6 @@ def test_prediction_loss_and_its_gradient_equal_numpy(agent, other):
     assert sizes["policy"] == sizes["value"] == 0 < min(sizes[x] for x in ("encoder", "film", "predictor")), sizes
 
 
-def pot_plan(cost, iterations=1000):
-    """POT's plan at the default epsilon: of total mass min(m, n), with sums of at most 1."""
-    m, n = cost.shape
-    return ot.partial.entropic_partial_wasserstein(
-        np.ones(m), np.ones(n), cost, 0.05, m=min(m, n), numItermax=iterations
-    )
-
-
 def slow_matching_loss(agent, window, own, triples, steps, config):
     """Of (achievement, positive, negative), the last two given as vectors."""
     observation, total, accuracy = exact(window).observation, 0, 0
@@ -509,7 +501,7 @@ def test_matching_loss_and_its_gradient_equal_numpy(agent, other, variant):
     vectors = lambda pairs: np.array([change(slow, observation, *pair) for pair in pairs])
     triples, steps, unmatched = [], [], 0
     for j, pairs in enumerate(theirs[:2]):
-        matched = pot_plan(1 - vectors(own) @ vectors(pairs).T) > 0.5
+        matched = pot(1 - vectors(own) @ vectors(pairs).T, 1000) > 0.5
         for u, v in np.argwhere(matched):
             free = [k for k in range(len(pairs)) if variant == "code" or not matched[:, k].any()]
             unmatched += not free

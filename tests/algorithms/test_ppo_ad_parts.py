@@ -26,12 +26,12 @@ from test_ppo_ad_losses import (
     encode,
     exact,
     jit,
-    pot_plan,
     predict,
     random_agent,
     unit,
     unit_rows,
 )
+from test_transport import pot
 
 from algorithms import ppo_ad
 from envs import AchievementState
@@ -819,7 +819,7 @@ class SlowPhase:
         for j, (target_env, _, _, target_goals) in enumerate(targets):
             theirs = [self.represent(target_env, t) for t in target_goals]
             cost = 1 - np.array(own) @ np.array(theirs).T
-            matched = pot_plan(cost) > 0.5
+            matched = pot(cost, 1000) > 0.5
             for u, v in np.argwhere(matched):
                 free = [k for k in range(len(theirs)) if self.config.variant == "code" or not matched[:, k].any()]
                 if free:
