@@ -128,7 +128,7 @@ def test_the_time_limit_is_that_of_the_vector_env_only(vector, symbolic):
         assert not after.terminated.any()
         assert (truncated == (t == LIMIT - 1)).all()
     alone = symbolic.step(jax.tree.map(lambda x: x[1], before.env), actions(NOOP)[0])
-    np.testing.assert_array_equal(after.observation[1], alone.observation)
+    np.testing.assert_allclose(after.observation[1], alone.observation, rtol=0, atol=1e-6)  # another program rounds
     world = state.env.physics.world
     assert (world.timestep == 0).all() and (state.steps == 0).all()
     assert len(np.unique(world.map.reshape(4, -1), axis=0)) == 4

