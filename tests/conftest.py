@@ -3,6 +3,9 @@
 import os
 from collections import Counter
 
+# programs compile in half of the time, and run as fast
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
