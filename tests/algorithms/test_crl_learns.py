@@ -134,12 +134,13 @@ def assert_value_follows_the_corridor(folder):
 
 @pytest.mark.slow
 def test_the_demo_reaches_its_goals(tmp_path, cache):
-    """The README's demo, as a user runs it. It claims 0.9 and 0.8; here is a margin for other machines."""
-    command = [sys.executable, str(SCRIPT), "--run_dir", str(tmp_path / "demo")]
+    """The README's demo with a quarter of its steps. Five seeds of results/point_u_maze_depth_4.csv, the same but for
+    how often they were evaluated, have 0.84 to 0.89 and 0.91 to 0.98; below is a margin for other machines."""
+    command = [sys.executable, str(SCRIPT), "--total_env_steps=500_000", "--run_dir", str(tmp_path / "demo")]
     subprocess.run(command, check=True, cwd=tmp_path, env={**os.environ, **cache})
     last = list(csv.DictReader((tmp_path / "demo" / "metrics.csv").open()))[-1]
-    assert float(last["eval/success_any"]) >= 0.85
-    assert float(last["eval/far/sampled/success_any"]) >= 0.75
+    assert float(last["eval/success_any"]) >= 0.8
+    assert float(last["eval/far/sampled/success_any"]) >= 0.85
     assert_value_follows_the_corridor(tmp_path / "demo")
     for picture in ("curve.png", "value_map.png", "trajectories.png", "rollout.gif"):
         assert (tmp_path / "demo" / picture).stat().st_size > 5000

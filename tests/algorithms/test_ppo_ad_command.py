@@ -162,12 +162,10 @@ def test_a_loaded_agent_is_the_runs(reference):
 
 
 @pytest.mark.slow
-def test_craftax_pixels_with_a_small_encoder_trains_draws_and_resumes(tmp_path, cache):
+def test_craftax_pixels_with_a_small_encoder_trains_and_draws(tmp_path, cache):
     folder = tmp_path / "run"
     flags = [*SMALL_ENCODER, "--env=craftax_classic_pixels", "--num_envs=4", "--total_env_steps=1280"]
-    *_, code = SCRIPT.signalled(signal.SIGKILL, folder, [*flags, f"--run_dir={folder}"], tmp_path, 3, cache)
-    assert code == -signal.SIGKILL and not FIGURES & {path.name for path in folder.iterdir()}
-    SCRIPT.run(f"--resume={folder}", cwd=tmp_path, env=cache)
+    SCRIPT.run(*flags, f"--run_dir={folder}", cwd=tmp_path, env=cache)
     rows = metrics(folder)
     assert [int(row["env_steps"]) for row in rows] == list(range(256, 1281, 256))
     assert 0 <= float(rows[-1]["eval/score"]) < 100 and "eval/success/collect_wood" in rows[-1]
@@ -201,7 +199,5 @@ def test_crafter_with_eight_workers_resumes_and_says_which_worker_died(tmp_path,
     assert err.count("Traceback") == 0
     saved = max(int(path.stem) for path in (folder / "checkpoints").glob("*.eqx"))
     assert saved == int(metrics(folder)[-1]["env_steps"]), "nothing that was trained is lost"
-    *_, code = SCRIPT.signalled(signal.SIGKILL, folder, [f"--resume={folder}"], tmp_path, 2, cache)
-    assert code == -signal.SIGKILL and not FIGURES & {path.name for path in folder.iterdir()}
     SCRIPT.run(f"--resume={folder}", cwd=tmp_path, env=cache)
     assert metrics(folder) == metrics(whole)
