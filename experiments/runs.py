@@ -41,10 +41,6 @@ def _study(maze: str = "u4", flags: str = "") -> str:
     return f"crl.py --env point_{maze}_maze --num_seeds 5 --total_env_steps 500000 --eval_every 50000 {flags}".rstrip()
 
 
-def _craftax(flags: str) -> str:
-    return f"ppo_ad.py --env craftax_classic_symbolic {flags}"
-
-
 def _point_goal(flags: str = "") -> str:
     return f"cocoa.py --num_seeds 3 {flags}".rstrip()
 
@@ -67,13 +63,6 @@ RUNS = {
     "minicraft_regularisers": "ppo_ad.py --num_seeds 5 --temperature 1e9",
     "minicraft_no_memory": "ppo_ad.py --num_seeds 5 --memory=false",
     "minicraft_plain": "ppo_ad.py --num_seeds 5 --distill=false",
-    "craftax": _craftax("--latent_size 256 --num_seeds 5"),
-    "craftax_plain": _craftax("--latent_size 256 --num_seeds 5 --distill=false"),
-    "craftax_1024": _craftax("--num_seeds 1"),
-    "craftax_1024_plain": _craftax("--num_seeds 1 --distill=false"),
-    "craftax_matching": _craftax("--latent_size 256 --num_seeds 3 --prediction=false"),
-    "craftax_prediction": _craftax("--latent_size 256 --num_seeds 3 --matching=false"),
-    "craftax_no_memory": _craftax("--latent_size 256 --num_seeds 3 --memory=false"),
     "point_goal": _point_goal(),
     "point_goal_pearl": _point_goal("--contrastive=false"),
     "point_goal_oracle": _point_goal("--context=oracle"),
