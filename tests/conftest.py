@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 
-# programs compile in half of the time, and run as fast
+# a program of a robot compiles in half of the CPU seconds
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax

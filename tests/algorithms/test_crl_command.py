@@ -152,8 +152,10 @@ def test_settings_run_from_any_folder_with_finite_losses(flags, tmp_path, cache)
 def test_ant_humanoid_and_arm_train_evaluate_and_render(flags, tmp_path, cache):
     folder = tmp_path / "run"
     run_to_end(*TINY, *flags, "--total_env_steps=400", f"--run_dir={folder}", cwd=tmp_path, env=cache)
-    last, maze = metrics(folder)[-1], "maze" in flags[0]
-    assert float(last["eval/far/distance" if maze else "eval/distance"]) > 0.05
+    rows, maze = metrics(folder), "maze" in flags[0]
+    assert [int(row["env_steps"]) for row in rows] == list(range(240, 401, 80))
+    assert float(rows[-1]["eval/distance"]) > 0.05
+    assert not maze or float(rows[-1]["eval/far/distance"]) > 0.5
     page = (folder / "rollout.html").read_text()
     assert "webgl" in page.lower() and "http" not in page.replace("http://www.w3.org", "")
     assert (folder / "value_map.png").exists() == maze
