@@ -779,7 +779,7 @@ def main(argv: list[str] | None = None) -> None:
     family = run.make_env(given.env, TaskFamily, given.env_options)
     config = settle(given, family)
     check(config, family)
-    with run.Run(given, "cocoa", SCORES) as log:
+    with run.Run(given, "cocoa", RECIPES, SCORES) as log:
         train(config, family, log)
 
 
@@ -790,7 +790,7 @@ def train(config: Config, family: TaskFamily, log: run.Run) -> None:
     what = "CoCOA: PEARL with the contrastive loss" if config.contrastive else "PEARL"
     what = "SAC that is told the task" if config.context == "oracle" else what
     tasks = f"{config.num_train_tasks} train tasks, {config.num_test_tasks} test tasks, by {family.simulator}"
-    log.describe(RECIPES, what, tasks, agent=shapes.agent[:3])
+    log.describe(what, tasks, agent=shapes.agent[:3])
     state = log.restore(shapes)
     collect_chunk = log.compile("collect", partial(collect, config, family), shapes, donate=True)
     learn_chunk = log.compile("learn", partial(learn, config, family), shapes, donate=True)

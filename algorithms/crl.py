@@ -475,7 +475,7 @@ def main(argv: list[str] | None = None) -> None:
     check(config)
     env, far_env = evaluation.make_envs(config)
     unsaved = () if config.checkpoint_replay else ("replay",)
-    with run.Run(config, "crl", evaluation.SCORES, unsaved) as log:
+    with run.Run(config, "crl", RECIPES, evaluation.SCORES, unsaved) as log:
         agent = train(config, env, far_env, log)
         critic = partial(value, config, agent)
         pictures.draw_goal_reaching(log, env, far_env, partial(policy, agent), critic, config.episode_length)
@@ -487,7 +487,7 @@ def train(config: Config, env: GoalEnv, far_env: GoalEnv | None, log: run.Run) -
     shapes = jax.eval_shape(begin, log.seeds)
     depths = f"{config.actor_depth or config.depth} in the actor, {config.critic_depth or config.depth} in the critic"
     actor, (phi, psi), _ = shapes.agent
-    log.describe(RECIPES, f"layers in residual blocks: {depths}", actor=actor, phi=phi, psi=psi)
+    log.describe(f"layers in residual blocks: {depths}", actor=actor, phi=phi, psi=psi)
     state = log.restore(shapes)
     # compiled apart, because the prefill only collects
     collect_chunk = log.compile("collect", partial(collect, config, env), shapes, donate=True)

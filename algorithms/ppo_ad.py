@@ -815,7 +815,7 @@ def main(argv: list[str] | None = None) -> None:
         f"num_seeds is {config.num_seeds}; {config.env} runs outside of JAX, so it is 1",
     )
     vectors = [env.vectorise(n, config.episode_length) for n in (config.num_envs, config.num_eval_envs)]
-    with run.Run(config, "ppo_ad", SCORES, vectors=vectors) as log:
+    with run.Run(config, "ppo_ad", RECIPES, SCORES, vectors=vectors) as log:
         agent = train(config, *vectors, log)
         draw(config, vectors[1], agent, log)
 
@@ -826,7 +826,7 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
     shapes = jax.eval_shape(begin, log.seeds)
     switches = [*auxiliary_losses(config), *(["memory"] if memory_size(config) else [])]
     what = f"PPO with {', '.join(switches)}" if switches else "plain PPO"
-    log.describe(RECIPES, what, f"simulator: {vector.env.simulator}", agent=shapes.agent, encoder=shapes.agent.encoder)
+    log.describe(what, f"simulator: {vector.env.simulator}", agent=shapes.agent, encoder=shapes.agent.encoder)
     state = log.restore(shapes)
     # donates nothing, so that the state outlives an environment that fails
     collect_rollout = log.compile("collect", partial(collect, config, vector), shapes)

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.ndimage
 from jaxtyping import Array, Float, Int, Key
 
 DRAWINGS = {
@@ -287,7 +288,7 @@ class Maze:
 
 
 def parse(drawing: str, name: str, cell_size: float) -> Maze:
-    """Reads a drawing; ValueError in one line if it is ragged, open, or lacks a start or a goal."""
+    """Reads a drawing; ValueError in one line if it is ragged, open, lacks a start or a goal, or a way between them."""
     cells = tuple(line.strip() for line in drawing.split())
     widths = {len(row) for row in cells}
     letters = set("".join(cells))
@@ -299,7 +300,13 @@ def parse(drawing: str, name: str, cell_size: float) -> Maze:
         raise ValueError(f"maze {name!r}: needs at least one start R and one goal G")
     if set(cells[0] + cells[-1] + "".join(row[0] + row[-1] for row in cells)) != {"#"}:
         raise ValueError(f"maze {name!r}: the border is open; close it with #")
-    return Maze(name, cells, cell_size)
+    maze = Maze(name, cells, cell_size)
+    areas, _ = scipy.ndimage.label(~maze.is_wall)
+    if len({areas[i, j] for i, row in enumerate(cells) for j, cell in enumerate(row) if cell in "RG"}) > 1:
+        raise ValueError(
+            f"maze {name!r}: no way leads from an R to a G in {' '.join(cells)}; open one, of cells that share a side"
+        )
+    return maze
 
 
 def load(name: str, cell_size: float) -> Maze:

@@ -75,17 +75,22 @@ RUNS = {
 
 PICTURES = ("point_u_maze",)
 """Runs whose pictures are shown too."""
+PROVENANCE = ("command", "commit", "versions", "device")
 KEPT = ("train/return", "train/episode_length", "train/episodes", "train/score")
 """Columns of training that are published too."""
 
 
 def provenance(folder) -> dict:
-    """How the run in a folder was made: command, commands that extended it if any, commit, versions and device."""
+    """How the run in a folder was made: command, commit, versions and device; commands that extended it, if any, and
+    where it went on under another commit, version or device."""
     made = json.loads((Path(folder) / "config.json").read_text())
-    bare = lambda command: re.sub(r" --(run_dir|resume)[= ]\S+", "", command)  # paths of one machine
-    kept = {key: made[key] for key in ("command", "extended", "commit", "versions", "device") if key in made}
-    kept["command"] = bare(kept["command"])
-    return kept | ({"extended": list(map(bare, made["extended"]))} if "extended" in made else {})
+    first, *later = ({key: start[key] for key in PROVENANCE} for start in [made, *made.get("resumed", [])])
+    for start in [first, *later]:  # without paths of one machine
+        start["command"] = re.sub(r"^\S+|(?<= )--(run_dir|resume)[= ]\S+ ?", "", f"{start['command']} ").strip()
+        start["command"] = f"python {start['command']}"
+    extended = [start["command"] for start in later if "--total_env_steps" in start["command"]]
+    elsewhere = [start for start in later if {**start, "command": ""} != {**first, "command": ""}]
+    return first | ({"extended": extended} if extended else {}) | ({"resumed": elsewhere} if elsewhere else {})
 
 
 def publish(name: str, folder) -> None:

@@ -3,7 +3,7 @@
 This is the only file that knows about disks and terminals. A script calls it, and it never calls a script:
 
     config = run.configure(Config, RECIPES, __doc__, argv)
-    with run.Run(config, "crl", SCORES) as log:
+    with run.Run(config, "crl", RECIPES, SCORES) as log:
         begin = log.over_seeds(partial(init, config, env))
         shapes = jax.eval_shape(begin, log.seeds)
         chunk = log.compile("chunk", partial(collect_and_learn, config, env), shapes, donate=True)
@@ -18,13 +18,16 @@ first one, holds the networks, which stay finite; those named `..._steps` count 
 """
 
 import ast
+import contextlib
 import csv
 import dataclasses
+import fcntl
 import fnmatch
 import functools
 import hashlib
 import importlib.metadata
 import inspect
+import itertools
 import json
 import math
 import operator
@@ -32,6 +35,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +64,8 @@ PACKAGES = (
 CHECKPOINTS_KEPT = 2
 TIMING_COLUMNS = ("seconds", "compile_seconds", "env_steps_per_second")
 """The columns of metrics.csv that differ between two runs of one command on one machine."""
+UNTOLD = ("seed", "run_dir", "tensorboard", "wandb")
+"""Settings that do not tell what a run is."""
 
 
 class UserError(Exception):
@@ -114,7 +120,7 @@ class RunConfig:
     matmul_precision: Literal["default", "float32", "tensorfloat32", "bfloat16"] = "default"
     """JAX's precision of float32 matrix products; default is float32 on a CPU, and may be less on a GPU."""
     run_dir: str = ""
-    """Run folder; by default runs/ALGORITHM/ENV/SEED-TIME."""
+    """Run folder; by default runs/ALGORITHM/ENV/NAME, with the settings that differ from the defaults in its name."""
     resume: str = ""
     """Run folder to go on with; its settings are in force. A larger total_env_steps goes on with a finished run."""
     tensorboard: bool = False
@@ -396,31 +402,31 @@ class Run:
     Args:
       config: the script's Config.
       algorithm: its name, a part of the default folder.
+      recipes: the script's, as for `configure`.
       scores: what to show of evaluations.
       unsaved: fields of the state that checkpoints leave out; a restored state has None there.
       vectors: vectorised environments, closed at the end; a RuntimeError that is their failure becomes a UserError.
 
     Raises:
-      UserError: the folder cannot be written, or already holds a run.
+      UserError: the folder cannot be written, already holds a run, or another process is at work on it.
     """
 
-    def __init__(self, config, algorithm: str, scores: Scores, unsaved: tuple[str, ...] = (), vectors=()):
+    def __init__(self, config, algorithm: str, recipes: dict[str, str], scores: Scores, unsaved=(), vectors=()):
         jax.config.update("jax_default_matmul_precision", config.matmul_precision)
-        self.config, self.scores, self.seeds, self._vectors = config, scores, _seed_keys(config), vectors
-        self.stopping, self.compile_seconds, self.steps = None, 0.0, {}
-        self._unsaved, self.columns, self._score = dict.fromkeys(unsaved), [], ""
-        name = f"{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(config.resume or config.run_dir or Path("runs", algorithm, config.env, name))
+        self.config, self.recipes, self.scores, self._vectors = config, recipes, scores, vectors
+        self.stopping, self.compile_seconds, self.steps, self.seeds = None, 0.0, {}, _seed_keys(config)
+        self._unsaved, self.columns, self._score, self._sinks = dict.fromkeys(unsaved), [], "", []
         try:
-            if not config.resume and (self.folder / "config.json").exists():
-                raise UserError(
-                    f"{self.folder} already holds a run; go on with --resume {self.folder}, or name another"
-                )
-            (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._sinks = list(_sinks(config, self.folder))
-            _write_facts(self.folder / "config.json", config)
+            self.folder = _open_folder(config, algorithm, recipes)
+            self._lock = _lock(self.folder)
+            try:
+                self._sinks += _sinks(config, self.folder)
+                self._since_last_start = _write_facts(self.folder / "config.json", config, recipes)
+            except BaseException:
+                self._end(failed=True)
+                raise
         except OSError as error:
-            raise UserError(f"cannot write run folder {self.folder}: {error.strerror}; choose a --run_dir") from None
+            raise UserError(f"cannot write run folder: {error}; choose a --run_dir") from None
         self._earlier_seconds, self._started = 0.0, time.monotonic()
         self._first_step = self._last_step = None
         self._saved_at = None
@@ -436,13 +442,24 @@ class Run:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self.progress.close()
-        for sink in self._sinks:
-            sink.close()
+        self._end(failed=error is not None)
         failures = [vector.failure for vector in self._vectors if vector.failure]
         for vector in self._vectors:
             vector.close()
         if failures and isinstance(error, RuntimeError):
             raise UserError(f"{failures[0]}; to go on from the last checkpoint: --resume {self.folder}") from None
+
+    def _end(self, failed):
+        """Gives the folder up; a run that failed before its first checkpoint leaves it as free as it was."""
+        for sink in self._sinks:
+            sink.close()
+        if failed and not self.config.resume and not _checkpoints(self.folder):
+            for name in ("config.json", "lock"):
+                (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds something else
+                (self.folder / "checkpoints").rmdir()
+                self.folder.rmdir()
+        self._lock.close()
 
     def _on_signal(self, number, _):
         if self.stopping:
@@ -494,11 +511,16 @@ class Run:
         self.print(f"compiled {name} in {seconds:.1f} s; memory {held:.0f} MB held, {temporary:.0f} MB temporary")
         return Program(compiled, output)
 
-    def describe(self, recipes: dict[str, str], *lines: str, **networks) -> None:
+    def describe(self, *lines: str, **networks) -> None:
         """The start-up report: folder, recipe, these lines, parameters of the networks of one seed, device."""
         config = self.config
         self.print(f"run folder {self.folder}")
-        recipe = recipe_for(type(config), config.env, recipes)
+        for line in self._since_last_start:
+            self.print(line)
+        house, script = (Path(path).resolve().parent.parent for path in (__file__, _script(config)))
+        if house != script:
+            self.print(f"envs/ and shared/ are those of {house}, not of {script}: run 'pip install -e .' there")
+        recipe = recipe_for(type(config), config.env, self.recipes)
         if recipe:
             self.print(f"recipe for {config.env}: " + " ".join(f"--{k}={getattr(config, k)}" for k in recipe))
         for line in lines:
@@ -561,9 +583,12 @@ class Run:
         """After Ctrl-C or SIGTERM: says how to go on, and exits. What was not saved before is lost."""
         if self.stopping:
             number = signal.Signals(self.stopping)
-            command = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
-            self.print(f"{number.name}: stopped at env step {self.steps.get('env_steps', 0):,}. To go on: {command}")
-            self.print(str(self.folder))
+            if _checkpoints(self.folder):
+                command = _typed(self.config, "--resume", str(self.folder))
+                self.print(f"{number.name}: stopped at env step {self.steps['env_steps']:,}. To go on: {command}")
+                self.print(str(self.folder))
+            else:
+                self.print(f"{number.name}: stopped before the first gradient step; nothing was kept")
             sys.exit(128 + number)
 
     def evaluates(self, state) -> bool:
@@ -741,26 +766,21 @@ def device_name() -> str:
     return f"{device.device_kind}{cores}, jax {jax.__version__}"
 
 
-def commit() -> str:
-    """The commit of this checkout, with '+changes' if tracked files differ from it; 'unknown' outside of git.
+def commit(script: str | Path | None = None) -> str:
+    """The commit of this checkout, with '+changes' if tracked files differ from it or a script is not one of them;
+    'unknown' outside of git.
 
     Pages and the data in results/ do not count: one measurement rewrites them before the next begins.
     """
-
-    def git(*arguments):
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-        return done.stdout.strip()
-
-    but = [
-        ":(top)",
-        *(f":(top,exclude){kind}" for kind in ("*.md", "results/*.csv", "results/*.json", "results/*.png")),
-    ]
+    git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
+    data = (f":(top,exclude){kind}" for kind in ("*.md", "results/*.csv", "results/*.json", "results/*.png"))
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked=no", *but) else "")
+        head = git(["git", "rev-parse", "HEAD"], check=True).stdout.strip()
+        changes = git(["git", "status", "--porcelain", "--untracked=no", ":(top)", *data], check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    tracked = script is None or git(["git", "ls-files", "--error-unmatch", Path(script).resolve()]).returncode == 0
+    return head if tracked and not changes else f"{head}+changes"
 
 
 # ---- helpers ------------------------------------------------------------------------------------------------------
@@ -781,36 +801,87 @@ def _count(state) -> dict[str, int]:
     return {name: int(value[0]) for name, value in state._asdict().items() if name.endswith("_steps")}
 
 
-def _write_facts(path, config):
-    """Writes config.json: how the run was made; of a resumed run, that it got more steps."""
-    facts = json.loads(path.read_text()) if config.resume else _facts(config)
-    if config.resume and facts["config"] == _settings(config):
-        os.utime(path.parent / "checkpoints")  # fails where the folder cannot be written
-        return
+def _open_folder(config, algorithm, recipes) -> Path:
+    """The folder of a run, a new one under a name that no other run has."""
+    folder = Path(config.resume or config.run_dir).expanduser()
+    if not (config.resume or config.run_dir):
+        told = [f"{name}={value}" for name, value in _changed(config, recipes).items() if name not in UNTOLD]
+        name = "-".join([*told, f"seed={config.seed}", time.strftime("%Y%m%d-%H%M%S")])
+        wanted = Path("runs", algorithm, config.env, re.sub(r"[^\w.=+-]", "_", name)[-200:])
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        for folder in itertools.chain([wanted], (Path(f"{wanted}-{i}") for i in itertools.count(2))):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                break
+    elif not config.resume and ((folder / "config.json").exists() or _checkpoints(folder)):
+        raise UserError(f"{folder} already holds a run; go on with --resume {folder}, or name another")
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _lock(folder):
+    """Keeps other processes from working on a folder, until the file that it returns is closed or the process ends."""
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is at work on {folder}; wait until it ends, or start another run") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def _write_facts(path, config, recipes) -> list[str]:
+    """Writes config.json: how the run was made, and how each time it was gone on with. Returns what differs from the
+    last time."""
+    now, differs = _facts(config, recipes), []
+    facts = {"config": _settings(config), **now}
     if config.resume:
-        facts |= {"config": _settings(config), "extended": [*facts.get("extended", []), _command()]}
+        facts = json.loads(path.read_text())
+        facts |= {"config": _settings(config), "resumed": [*facts.get("resumed", []), now]}
+        last = [facts, *facts["resumed"]][-2]
+        old, new = ({"commit": x["commit"], "device": x["device"], **x["versions"]} for x in (last, now))
+        differs = [f"{key} was {old.get(key)} before, and is {new[key]}" for key in new if old.get(key) != new[key]]
     _write_atomically(path, json.dumps(facts, indent=2).encode())
+    return differs
 
 
 def _settings(config):
     return {**dataclasses.asdict(config), "resume": ""}
 
 
-def _command():
-    return shlex.join(["python", *sys.argv])
+def _changed(config, recipes):
+    """The settings that differ from those in force without a flag, the environment aside."""
+    usual = type(config)(**recipe_for(type(config), config.env, recipes) | {"env": config.env})
+    return {name: value for name, value in _settings(config).items() if value != getattr(usual, name)}
 
 
-def _facts(config):
+def _script(config):
+    """The file of the script that a Config belongs to."""
+    return getattr(sys.modules[type(config).__module__], "__file__", sys.argv[0])
+
+
+def _typed(config, *arguments):
+    """A command of the script, as one can type it here."""
+    here = lambda path: path if (relative := os.path.relpath(path)).startswith("..") else relative
+    python = "python" if shutil.which("python") == sys.executable else here(sys.executable)
+    return shlex.join([python, here(_script(config)), *arguments])
+
+
+def _facts(config, recipes):
     def version(package):
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return None
 
+    arguments = sys.argv[1:]
+    if Path(sys.argv[0]).resolve() != Path(_script(config)).resolve():  # a notebook's call of main
+        told = {"resume": config.resume} if config.resume else {"env": config.env, **_changed(config, recipes)}
+        arguments = [f"--{name}={value}" for name, value in told.items()]
     return {
-        "config": _settings(config),
-        "command": _command(),
-        "commit": commit(),
+        "command": _typed(config, *arguments),
+        "commit": commit(_script(config)),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "device": device_name(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -149,8 +149,8 @@ def test_redoing_does_not_pass_off_another_run(tmp_path):
         runs.train("crl.py --seed 4", tmp_path, "four")
     with pytest.raises(SystemExit, match="was begun at commit c; delete it"):
         runs.train("crl.py --seed 3", tmp_path, "three")
-    extended = ["python algorithms/crl.py --resume /tmp/x --total_env_steps 9"]
-    (tmp_path / "config.json").write_text(json.dumps({**facts, "extended": extended}))
+    again = {**facts, "command": "/a/python algorithms/crl.py --resume /tmp/x --total_env_steps 9"}
+    (tmp_path / "config.json").write_text(json.dumps({**facts, "resumed": [again]}))
     with pytest.raises(SystemExit, match=r"--seed 3, then python algorithms/crl.py --total_env_steps 9'; delete it"):
         runs.train("crl.py --seed 3", tmp_path, "three")
 
@@ -167,17 +167,20 @@ def test_publishing_keeps_the_evaluations_and_how_they_were_made(tmp_path, monke
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     facts = {
-        "command": "python algorithms/crl.py --seed 3 --run_dir /tmp/x",
+        "command": ".venv/bin/python algorithms/crl.py --run_dir=/tmp/x --seed 3",
         "commit": "c",
         "versions": {},
         "device": "d",
     }
-    (tmp_path / "config.json").write_text(json.dumps({**facts, "config": {}}))
+    again, elsewhere = ({**facts, "command": "python a.py --resume=/tmp/x", "commit": commit} for commit in "cd")
+    (tmp_path / "config.json").write_text(json.dumps({**facts, "config": {}, "resumed": [again, elsewhere]}))
     (tmp_path / "metrics.csv").write_text(
         "seed,env_steps,train/critic_loss,eval/success_any\n3,10,0.5,\n3,20,0.4,0.25\n3,30,0.3,0.75\n"
     )
     runs.publish("published", tmp_path)
-    assert figures.made("published") == {**facts, "command": "python algorithms/crl.py --seed 3"}
+    elsewhere["command"] = "python a.py"
+    expected = {**facts, "command": "python algorithms/crl.py --seed 3", "resumed": [elsewhere]}
+    assert figures.made("published") == expected
     np.testing.assert_array_equal(figures.read("published")["eval/success_any"], [0.25, 0.75])
     assert "train/critic_loss" not in figures.read("published")
 

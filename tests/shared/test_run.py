@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple
@@ -146,7 +147,7 @@ def chunks(log, start, *env_steps, **metrics):
 
 
 def new_run(folder, **settings):
-    log = run.Run(Config(run_dir=str(folder), num_seeds=2, **settings), "test", SCORES)
+    log = run.Run(Config(run_dir=str(folder), num_seeds=2, **settings), "test", RECIPES, SCORES)
     log.columns += ["train/loss", "eval/x"]  # which `compile` finds
     return log
 
@@ -160,7 +161,7 @@ def folder(tmp_path):
 
 
 def resumed(folder, **settings):
-    log = run.Run(Config(resume=str(folder), num_seeds=2, **settings), "test", SCORES)
+    log = run.Run(Config(resume=str(folder), num_seeds=2, **settings), "test", RECIPES, SCORES)
     log.columns += ["train/loss", "eval/x"]
     return log
 
@@ -242,9 +243,9 @@ def test_restores_the_newest_checkpoint_exactly(folder):
 
 def test_what_is_unsaved_is_none_after_a_resume(tmp_path):
     config = Config(run_dir=str(tmp_path / "r"), num_seeds=2)
-    with run.Run(config, "test", SCORES, unsaved=("n",)) as log:
+    with run.Run(config, "test", RECIPES, SCORES, unsaved=("n",)) as log:
         log.save(state_at(20))
-    with run.Run(dataclasses.replace(config, resume=config.run_dir), "test", SCORES, unsaved=("n",)) as log:
+    with run.Run(dataclasses.replace(config, resume=config.run_dir), "test", RECIPES, SCORES, unsaved=("n",)) as log:
         state = log.restore(SHAPES)
     assert state.n is None
     np.testing.assert_array_equal(state.agent, state_at(20).agent)
@@ -348,9 +349,82 @@ def test_two_checkpoints_are_kept(folder):
     assert [int(p.stem) for p in sorted((folder / "checkpoints").iterdir())] == [40, 60]
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(folder):
+def test_a_folder_that_holds_a_run_or_its_checkpoints_is_not_overwritten(folder):
     with pytest.raises(run.UserError, match="already holds a run"):
         new_run(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(run.UserError, match="already holds a run"):
+        new_run(folder)
+
+
+def test_default_folders_are_told_apart_by_their_settings_and_never_shared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.time, "strftime", lambda _: "now")
+    names = []
+    for flags in (["--seed=2"], ["--seed=2"], ["--size=9", "--env_options=layout=a/b"]):
+        with run.Run(configure("--num_seeds=2", *flags), "test", RECIPES, SCORES) as log:
+            log.save(state_at(20))
+            names.append(log.folder.relative_to("runs/test/point_u_maze").as_posix())
+    assert names == [
+        f"num_seeds=2-{end}" for end in ("seed=2-now", "seed=2-now-2", "env_options=layout=a_b-size=9-seed=0-now")
+    ]
+
+
+def test_one_process_at_a_time_is_at_work_on_a_folder(tmp_path):
+    with new_run(tmp_path / "r") as log:
+        chunks(log, 0, 20)
+        with pytest.raises(run.UserError, match=r"another process is at work on .*; wait until it ends"):
+            resumed(tmp_path / "r")
+        assert run.load_config(Config, tmp_path / "r").num_seeds == 2, "reading is no work"
+    assert restore(tmp_path / "r").env_steps[0] == 20
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_the_folder_free(tmp_path, stopping, capsys):
+    with pytest.raises(SystemExit if stopping else ZeroDivisionError), new_run(tmp_path / "r") as log:
+        log.stopping = run.signal.SIGINT if stopping else None
+        log.exit_if_stopping()
+        raise ZeroDivisionError
+    assert not (tmp_path / "r").exists()
+    assert ("nothing was kept" in capsys.readouterr().out) == stopping
+
+
+def test_each_start_is_recorded_and_what_differs_is_said(folder, monkeypatch, capsys):
+    monkeypatch.setattr(run, "commit", lambda script: "abc")
+    restore(folder)
+    with resumed(folder) as log:
+        log.describe()
+    assert " before, and is " not in capsys.readouterr().out
+    monkeypatch.setattr(run, "commit", lambda script: "def+changes")
+    monkeypatch.setattr(run.jax, "__version__", "0.99")
+    with resumed(folder) as log:
+        log.describe()
+    said = capsys.readouterr().out
+    assert "commit was abc before, and is def+changes" in said and "device was cpu" in said
+    facts = json.loads((folder / "config.json").read_text())
+    assert [start["commit"] for start in facts["resumed"]] == ["abc", "abc", "def+changes"]
+    assert facts["commit"] not in ("abc", "def+changes")
+
+
+@pytest.mark.parametrize("cwd", ["/", os.path.dirname(__file__)])
+def test_the_recorded_command_can_be_typed_and_gives_the_same_settings(tmp_path, monkeypatch, cwd):
+    """Of a script, what was typed; of a notebook, whose command line is another program's, what differs."""
+    monkeypatch.chdir(cwd)
+    config = configure("--size=9", "--noflag", "--env=point_x")
+    for argv in ([__file__, "--size=9", "--env=point_x", "--flag=false"], ["ipykernel_launcher.py", "-f", "x.json"]):
+        monkeypatch.setattr(run.sys, "argv", argv)
+        python, script, *flags = shlex.split(run._facts(config, RECIPES)["command"])
+        assert subprocess.run([python, "-c", "import jax"], check=False).returncode == 0
+        assert os.path.samefile(script, __file__)
+        assert configure(*flags) == config
+
+
+def test_modules_of_another_checkout_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "shared/run.py"))
+    with new_run(tmp_path / "r") as log:
+        log.describe()
+        chunks(log, 0, 20)
+    assert f"envs/ and shared/ are those of {tmp_path}, not of " in capsys.readouterr().out
 
 
 def test_a_resumed_run_takes_its_settings_from_its_folder(folder):
@@ -362,20 +436,20 @@ def test_a_resumed_run_takes_its_settings_from_its_folder(folder):
 
 @pytest.mark.parametrize("steps", [100, 60])
 def test_a_run_goes_on_with_more_steps_and_says_so_in_its_folder(folder, steps, monkeypatch):
-    monkeypatch.setattr(run.sys, "argv", ["crl.py", "--resume", "there"])
+    monkeypatch.setattr(run.sys, "argv", [__file__, "--resume", "there"])
     if steps == 60:
         with pytest.raises(run.UserError, match=r"--total_env_steps=60 disagrees with the run in .*, which has 100"):
             configure(f"--resume={folder}", f"--total_env_steps={steps}")
         return
     config = configure(f"--resume={folder}", "--total_env_steps=140")
-    with run.Run(config, "test", SCORES) as log:
+    with run.Run(config, "test", RECIPES, SCORES) as log:
         log.columns += ["train/loss", "eval/x"]
         assert log.going(log.restore(SHAPES))
         state = chunks(log, 40, 120)
         assert log.going(state), "the earlier total of 100 does not hold any more"
     facts = json.loads((folder / "config.json").read_text())
     assert facts["config"]["total_env_steps"] == 140
-    assert facts["extended"] == ["python crl.py --resume there"]
+    assert [start["command"].split()[2:] for start in facts["resumed"]] == [["--resume", "there"]]
     assert configure(f"--resume={folder}").total_env_steps == 140
 
 
@@ -426,7 +500,7 @@ def test_a_compiled_function_is_batched_and_traced_once_and_its_metrics_become_c
     def chunk(state):
         return state._replace(agent=state.agent + 1), {"train/a": state.agent.sum(), "eval/b": jnp.zeros(())}
 
-    with run.Run(Config(run_dir=str(tmp_path / "r"), num_seeds=num_seeds), "test", SCORES) as log:
+    with run.Run(Config(run_dir=str(tmp_path / "r"), num_seeds=num_seeds), "test", RECIPES, SCORES) as log:
         state = jax.tree.map(lambda x: x[:num_seeds], state_at(20))
         compiled = log.compile("chunk", chunk, jax.eval_shape(lambda: state))
         for _ in range(3):
@@ -437,7 +511,7 @@ def test_a_compiled_function_is_batched_and_traced_once_and_its_metrics_become_c
 
 
 def test_a_program_of_one_seed_is_compiled_as_it_is_and_adds_no_columns(tmp_path):
-    with run.Run(Config(run_dir=str(tmp_path / "r"), num_seeds=2), "test", SCORES) as log:
+    with run.Run(Config(run_dir=str(tmp_path / "r"), num_seeds=2), "test", RECIPES, SCORES) as log:
         add = log.compile_jitted("add", jax.jit(lambda x, y: (x + y, {"a": x})), jnp.ones(3), jnp.ones(3))
         np.testing.assert_array_equal(add(jnp.ones(3), jnp.arange(3.0))[0], [1, 2, 3])
         assert log.columns == [] and log.compile_seconds > 0
@@ -449,7 +523,7 @@ def test_environments_are_closed_and_their_failure_is_one_line(tmp_path, failure
     vectors = [SimpleNamespace(failure=f, close=lambda f=f: closed.append(f)) for f in (None, failure)]
     with (
         pytest.raises(error, match="a worker died; to go on .*: --resume" if failure else "another fault"),
-        run.Run(Config(run_dir=str(tmp_path / "r")), "test", SCORES, vectors=vectors),
+        run.Run(Config(run_dir=str(tmp_path / "r")), "test", RECIPES, SCORES, vectors=vectors),
     ):
         raise RuntimeError("another fault")
     assert closed == [None, failure]
@@ -477,5 +551,11 @@ def test_the_commit_tells_of_changed_code_and_not_of_results(tmp_path, monkeypat
     for name in ("results/a.csv", "README.md", "results/untracked.py"):
         (tmp_path / name).write_text("after")
     assert re.fullmatch("[0-9a-f]{40}", run.commit())
+    for script, changes in (
+        ("experiments/a.py", ""),
+        ("results/untracked.py", r"\+changes"),
+        ("../b.py", r"\+changes"),
+    ):
+        assert re.fullmatch(f"[0-9a-f]{{40}}{changes}", run.commit(tmp_path / script)), script
     (tmp_path / "experiments/a.py").write_text("after")
     assert re.fullmatch(r"[0-9a-f]{40}\+changes", run.commit())
