@@ -811,20 +811,20 @@ EMBEDDINGS = 100
 
 def draw(config: Config, family: TaskFamily, agent: Agent, tasks: Float[Array, "tasks task"], log: run.Run) -> None:
     """All figures of a finished run, with the first seed's agent and test tasks."""
-    log.print(f"learning curve  {pictures.draw_curve(log.folder, SCORES, bottom=None)}")
-    log.progress.show("drawing the agent")
+    log.draw("learning curve", pictures.draw_curve, log.folder, SCORES, bottom=None)
+    log.progress.show("adapting to the test tasks")
     adapt_key, z_key, start_key = jax.random.split(run.evaluation_key(jax.random.key(config.seed)), 3)
     z = oracle = jax.vmap(family.oracle)(tasks)
     if config.context == "encoder":
         repeats = max(1, EMBEDDINGS // len(tasks))
         _, posterior = jax.jit(partial(adapt, config, family))(agent, jnp.tile(tasks, (repeats, 1)), adapt_key)
         shown = posterior.mean, np.tile(oracle, (repeats, 1)), config.env, log.folder / "embedding.png"
-        log.print(f"embedding       {pictures.draw_embedding(*shown)}")
+        log.draw("embedding", pictures.draw_embedding, *shown)
         z = posterior.sample(z_key)[: len(tasks)]
     start = reset(family, tasks[:FILM_TASKS], start_key)
     film = jax.jit(lambda start, z: play(config, family, agent, z, start, lambda before, *_: before))
     states = jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), film(start, z[:FILM_TASKS]))
-    log.print(f"adapted agent   {family.render(states, str(log.folder / 'rollout'))}")
+    log.draw("adapted agent", family.render, states, str(log.folder / "rollout"))
 
 
 def load(folder: str | Path, seed: int | None = None) -> tuple[Config, TaskFamily, Agent]:

@@ -623,12 +623,12 @@ def score_episodes(config: Config, state: TrainState, steps: Step) -> tuple:
     ended = steps.done & (time * config.num_envs <= config.total_env_steps)[:, None]
     episodes = state.episodes + ended.sum(dtype=jnp.int32)
     successes = state.successes + jnp.sum(steps.achievements & ended[..., None], axis=(0, 1), dtype=jnp.int32)
-    mean = lambda x: jnp.sum(jnp.where(ended, x, 0)) / ended.sum()  # NaN if none ended
+    mean = lambda x: (jnp.sum(jnp.where(ended, x, 0.0)), ended.sum())
     info = {
         "train/return": mean(steps.episode_return),
         "train/episode_length": mean(steps.episode_steps),
         "train/episodes": episodes,
-        "train/score": AchievementEnv.score(successes / episodes),
+        "train/score": (AchievementEnv.score(successes / jnp.maximum(episodes, 1)), episodes > 0),
     }
     return episodes, successes, info
 
@@ -730,7 +730,7 @@ def distil(config: Config, programs: dict, show, state: TrainState) -> tuple[Tra
                     (agent, normaliser, optimizers[name]), info = programs[name, len(batch.rows)](carry, window, batch)
                     infos[name].append(info)
     after = state._replace(agent=agent, normaliser=normaliser, optimizers=optimizers, window=None, key=key)
-    mean = lambda values: np.mean(values) if values else np.nan
+    mean = lambda values: (np.sum(values), len(values))
     metrics = {"auxiliary/episodes": len(episodes), "auxiliary/achievements": mean([e.count for e in episodes])}
     for name, seen in jax.device_get(infos).items():
         taken = [info for info in seen if info["steps"]]
@@ -830,7 +830,7 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
     state = log.restore(shapes)
     # donates nothing, so that the state outlives an environment that fails
     collect_rollout = log.compile("collect", partial(collect, config, vector), shapes)
-    learn_rollout = log.compile("learn", partial(learn, config), shapes, *collect_rollout.output, donate=True)
+    learn_rollout = log.compile("learn", partial(learn, config), shapes, *collect_rollout.out_info, donate=True)
     score = log.compile("evaluate", partial(evaluate, config, eval_vector), shapes.agent, log.seeds)
     if auxiliary_losses(config):
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
@@ -866,14 +866,13 @@ FILM_EPISODES, FILM_STEPS = 4, 500
 
 def draw(config: Config, vector: VectorEnv, agent: Agent, log: run.Run) -> None:
     """All figures of a finished run."""
-    log.print(f"learning curve  {pictures.draw_curve(log.folder, SCORES)}")
+    log.draw("learning curve", pictures.draw_curve, log.folder, SCORES)
     title = f"{config.env}: last evaluation of {config.num_eval_envs} episodes"
-    log.print(f"success rates   {pictures.draw_success(log.folder, vector.env.achievement_names, title)}")
+    log.draw("success rates", pictures.draw_success, log.folder, vector.env.achievement_names, title)
     log.progress.show("filming the policy")
     record = jax.jit(partial(record_episodes, config, vector))
     states, done = record(agent, run.evaluation_key(jax.random.key(config.seed)))
-    film = pictures.film_first_episodes(vector.env, states, done, str(log.folder / "rollout"))
-    log.print(f"policy          {film}")
+    log.draw("policy", pictures.film_first_episodes, vector.env, states, done, str(log.folder / "rollout"))
 
 
 def record_episodes(config: Config, vector: VectorEnv, agent: Agent, key: Key[Array, ""]):

@@ -31,7 +31,7 @@ def measure(folder: str | Path) -> dict[int, tuple[float, float]]:
     config = run.load_config(ppo_ad.Config, folder)
     envs = config.num_eval_envs
     run.need(envs > 1, f"the run in {folder} has num_eval_envs 1; the probe is tested in another one, so it needs 2")
-    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    run.use_precision(config)
     results = {}
     for seed in range(config.seed, config.seed + config.num_seeds):
         config, env, agent = ppo_ad.load(folder, seed)

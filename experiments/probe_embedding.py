@@ -29,7 +29,7 @@ def measure(folder: str | Path) -> dict[int, float]:
         steps = int(run.read_metrics(folder)["gradient_steps"][-1])
     except (OSError, IndexError):
         raise run.UserError(f"the run in {folder} has not been evaluated yet") from None
-    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    run.use_precision(config)
     all_seeds = run.over_seeds(len(seeds), partial(r2, configs[0], families[0]))  # in one program, as in the run
     agents = jax.tree.map(lambda *leaves: jnp.stack(leaves), *agents)
     keys = jax.vmap(jax.random.key)(jnp.array(seeds))

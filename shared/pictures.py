@@ -47,18 +47,18 @@ def draw_goal_reaching(
       policy: (observation, goal) -> distribution, batched.
       value: (observation, goal) -> what the critic thinks of going from the one to the other, batched.
     """
-    log.print(f"learning curve  {draw_curve(log.folder, evaluation.SCORES)}")
-    log.progress.show("drawing the policy")
+    log.draw("learning curve", draw_curve, log.folder, evaluation.SCORES)
+    log.progress.show("playing eight episodes")
     key = run.evaluation_key(jax.random.key(log.config.seed))
     states, sampled = eight_episodes(env, far_env, policy, episode_length, key)
-    log.print(f"policy          {env.render(states, str(log.folder / 'rollout'))}")
+    log.draw("policy", env.render, states, str(log.folder / "rollout"))
     if env.maze:
         tracks = np.asarray(env.achieved_goal(jnp.asarray(states.observation)))[..., :2]
         path = log.folder / "trajectories.png"
-        log.print(f"trajectories    {draw_trajectories(env, tracks, states.goal[:, 0, :2], sampled, path)}")
+        log.draw("trajectories", draw_trajectories, env, tracks, states.goal[:, 0, :2], sampled, path)
         goals = three_goals(far_env or env)
         maps = value_map(env, value, jnp.asarray(goals))
-        log.print(f"value map       {draw_value_map(env, goals, *maps, log.folder / 'value_map.png')}")
+        log.draw("value map", draw_value_map, env, goals, *maps, log.folder / "value_map.png")
 
 
 def eight_episodes(

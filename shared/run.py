@@ -27,6 +27,7 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import itertools
 import json
 import math
@@ -34,6 +35,7 @@ import operator
 import os
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -43,7 +45,6 @@ import textwrap
 import threading
 import time
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -83,16 +84,34 @@ def command(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
+        if None in (
+            sys.stdout,
+            sys.stderr,
+        ):  # closed by the caller: else the next file that is opened takes their place
+            while os.open(os.devnull, os.O_RDWR) < 2:
+                pass
+            sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
         try:
             return main(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(sys.stderr, f"error: {error}\n")
             sys.exit(2)
         except KeyboardInterrupt:
-            print("error: interrupted", file=sys.stderr)
+            say(sys.stderr, "error: interrupted\n")
             sys.exit(130)
 
     return wrapped
+
+
+def say(stream, text: str) -> None:
+    """Writes to a terminal or a pipe at once. If nobody listens any more, this and what follows is dropped."""
+    try:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # also what Python itself flushes at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ---- settings and flags ---------------------------------------------------------------------------------------------
@@ -111,14 +130,15 @@ class RunConfig:
     """The settings that concern no algorithm. A script's Config inherits them and adds its own, among them `env`,
     `total_env_steps`, `eval_every` and `checkpoint_every`."""
 
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, le=2_000_000_000)] = 0
     """First seed."""
-    num_seeds: Count = 1
+    num_seeds: Annotated[int, Interval(ge=1, le=10_000)] = 1
     """Number of seeds (seed, seed + 1, ...), trained side by side in one program."""
     env_options: str = ""
     """Options of the environment (envs/README.md): 'name=value,name=value'."""
-    matmul_precision: Literal["default", "float32", "tensorfloat32", "bfloat16"] = "default"
-    """JAX's precision of float32 matrix products; default is float32 on a CPU, and may be less on a GPU."""
+    matmul_precision: Literal["default", "float32", "tensorfloat32", "bfloat16"] | None = None
+    """Precision of float32 matrix products in networks and losses. Without it JAX_DEFAULT_MATMUL_PRECISION holds, else
+    JAX's default: float32 on a CPU, tensorfloat32 on most GPUs. Physics always has float32."""
     run_dir: str = ""
     """Run folder; by default runs/ALGORITHM/ENV/NAME, with the settings that differ from the defaults in its name."""
     resume: str = ""
@@ -134,9 +154,10 @@ def field_docs(config_class) -> dict[str, str]:
     docs = {}
     for each in filter(dataclasses.is_dataclass, reversed(config_class.__mro__)):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
-        for field, doc in zip(tree.body, tree.body[1:]):
-            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
-                docs[field.target.id] = inspect.cleandoc(doc.value.value).replace("\n", " ")
+        for field, doc in itertools.pairwise([*tree.body, None]):
+            if isinstance(field, ast.AnnAssign):
+                text = doc.value.value if isinstance(doc, ast.Expr) else ""
+                docs[field.target.id] = inspect.cleandoc(text).replace("\n", " ")
     return docs
 
 
@@ -165,10 +186,21 @@ def configure(config_class, recipes: dict[str, str], description: str, argv: lis
         settings = _resumed(config_class, given)
     else:
         settings = recipe_for(config_class, given.get("env", config_class.env), recipes) | given
-    config = config_class(**settings)
-    for field in dataclasses.fields(config):
-        _check_range(field, getattr(config, field.name))
-    return config
+    for name, annotation in _annotations(config_class).items():
+        if name in settings:
+            _check_range(name, annotation, settings[name])
+    _check_jax()
+    return config_class(**settings)
+
+
+def _check_jax():
+    """UserError if JAX cannot run the scripts here as it is set up."""
+    need(not jax.config.jax_enable_x64, "JAX_ENABLE_X64 is on; the scripts compute in float32, so unset it")
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"JAX finds no device: {reason} (JAX_PLATFORMS is {jax.config.jax_platforms})") from None
 
 
 def recipe_for(config_class, env: str, recipes: dict[str, str]) -> dict:
@@ -216,16 +248,17 @@ def _parse(config_class, arguments: list[str]) -> dict:
     values = flags.FlagValues()
     define = {
         bool: flags.DEFINE_boolean,
-        int: flags.DEFINE_integer,
+        int: functools.partial(flags.DEFINE, _Whole()),
         float: flags.DEFINE_float,
         str: flags.DEFINE_string,
     }
-    fields = dataclasses.fields(config_class)
-    for field in fields:
-        kind, _ = _kind(field.type)
+    annotations = _annotations(config_class)
+    for field in dataclasses.fields(config_class):
+        kind, _ = _kind(annotations[field.name])
         if typing.get_origin(kind) is Literal:
             flags.DEFINE_enum(field.name, field.default, list(typing.get_args(kind)), "", flag_values=values)
         else:
+            need(kind in define, f"Config.{field.name} is a {kind}; a flag is a bool, int, float, str or Literal")
             define[kind](field.name, field.default, "", flag_values=values)
     try:
         leftover = values(["", *arguments])[1:]
@@ -233,7 +266,22 @@ def _parse(config_class, arguments: list[str]) -> dict:
         raise UserError(str(error).replace("\n", " ") + " (--help lists all flags)") from None
     if leftover:
         raise UserError(f"{leftover[0]!r} is not a flag; write --name=value (--help lists all flags)")
-    return {field.name: values[field.name].value for field in fields if values[field.name].present}
+    given = {name: values[name].value for name in annotations if values[name].present}
+    return given | {name: os.path.expanduser(given[name]) for name in ("run_dir", "resume") if name in given}
+
+
+class _Whole(flags.IntegerParser):
+    """Takes 1e6 too."""
+
+    def convert(self, argument):
+        whole = re.fullmatch(r"[\d.]+e\d+", str(argument)) and float(argument).is_integer()
+        return super().convert(int(float(argument)) if whole else argument)
+
+
+def _annotations(config_class) -> dict[str, typing.Any]:
+    """What the field of each name holds, and its limits."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
 
 
 def _resumed(config_class, given: dict) -> dict:
@@ -281,24 +329,25 @@ def _range(limits: dict) -> str:
     return f"lies in {'[' if 'ge' in limits else '('}{low}, {high}{']' if 'le' in limits else ')'}{why}"
 
 
-def _check_range(field, value) -> None:
-    _, limits = _kind(field.type)
+def _check_range(name, annotation, value) -> None:
+    _, limits = _kind(annotation)
     hold = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
     hold["multiple_of"] = lambda value, step: value % step == 0
-    if value is None or all(hold[name](value, limit) for name, limit in limits.items() if name in hold):
+    if value is None or all(hold[kind](value, limit) for kind, limit in limits.items() if kind in hold):
+        need(not isinstance(value, float) or math.isfinite(value), f"{name} is {value}; it is a finite number")
         return
     step = limits.get("multiple_of")
     example = f", e.g. {max(step, round(value / step) * step)}" if step else ""
-    raise UserError(f"{field.name} is {value}; it {_range(limits)}{example}")
+    raise UserError(f"{name} is {value}; it {_range(limits)}{example}")
 
 
 def _help(config_class, recipes, description):
-    docs = field_docs(config_class)
+    docs, annotations = field_docs(config_class), _annotations(config_class)
     parsed = {pattern: _parse(config_class, recipe.split()) for pattern, recipe in recipes.items()}
     common = [field.name for field in dataclasses.fields(RunConfig)]
-    lines = [inspect.cleandoc(description), "", "flags:"]
+    lines = [inspect.cleandoc(description or ""), "", "flags:"]  # none under python -OO
     for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name in common):
-        kind, limits = _kind(field.type)
+        kind, limits = _kind(annotations[field.name])
         choices = f"One of {', '.join(typing.get_args(kind))}. " if typing.get_origin(kind) is Literal else ""
         limits = f"It {_range(limits)}. " if limits else ""
         default = f"default: {'none' if field.default in (None, '') else field.default}"
@@ -312,6 +361,10 @@ def _help(config_class, recipes, description):
 
 
 # ---- progress -----------------------------------------------------------------------------------------------------
+
+
+CLEAR = "\r\033[K"
+"""What empties the line of a terminal."""
 
 
 class Progress:
@@ -337,16 +390,15 @@ class Progress:
         """A line that stays."""
         with self._lock:
             if self._live:
-                sys.stderr.write("\r\033[K")
-                sys.stderr.flush()
-            print(text, flush=True)
+                say(sys.stderr, CLEAR)
+            say(sys.stdout, text + "\n")
             self._text, self._printed = "", -math.inf  # what was going on is done; show at once what comes next
 
     def close(self) -> None:
         self._closed.set()
         with self._lock:
             if self._live:
-                sys.stderr.write("\r\033[K")
+                say(sys.stderr, CLEAR)
 
     def _heartbeat(self):
         while not self._closed.wait(1 if self._live else 30):
@@ -357,12 +409,8 @@ class Progress:
 
     def _draw(self, text):
         self._printed = time.monotonic()
-        if self._live:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
-            sys.stderr.write("\r\033[K" + text[: width - 1])
-        else:
-            sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+        width = shutil.get_terminal_size().columns
+        say(sys.stderr, CLEAR + text[: width - 1] if self._live else text + "\n")
 
 
 # ---- the run folder -----------------------------------------------------------------------------------------------
@@ -375,17 +423,6 @@ class Scores(NamedTuple):
     """What is measured, with its unit."""
     curves: dict[str, str]
     """Metric -> label, first the one that the progress line shows; a run may lack some of them."""
-
-
-class Program(NamedTuple):
-    """A compiled function of all seeds."""
-
-    compiled: Callable
-    output: typing.Any
-    """Shapes of what it returns."""
-
-    def __call__(self, *args):
-        return self.compiled(*args)
 
 
 class Run:
@@ -412,16 +449,17 @@ class Run:
     """
 
     def __init__(self, config, algorithm: str, recipes: dict[str, str], scores: Scores, unsaved=(), vectors=()):
-        jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+        use_precision(config)
         self.config, self.recipes, self.scores, self._vectors = config, recipes, scores, vectors
         self.stopping, self.compile_seconds, self.steps, self.seeds = None, 0.0, {}, _seed_keys(config)
         self._unsaved, self.columns, self._score, self._sinks = dict.fromkeys(unsaved), [], "", []
+        self._unwritten = ""
         try:
             self.folder = _open_folder(config, algorithm, recipes)
             self._lock = _lock(self.folder)
             try:
-                self._sinks += _sinks(config, self.folder)
                 self._since_last_start = _write_facts(self.folder / "config.json", config, recipes)
+                self._sinks += _sinks(config, self.folder)
             except BaseException:
                 self._end(failed=True)
                 raise
@@ -433,7 +471,8 @@ class Run:
         self.progress = Progress()
 
     def __enter__(self):
-        self._handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in signals}
         return self
 
     def __exit__(self, _, error, traceback):
@@ -448,6 +487,11 @@ class Run:
             vector.close()
         if failures and isinstance(error, RuntimeError):
             raise UserError(f"{failures[0]}; to go on from the last checkpoint: --resume {self.folder}") from None
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            less = "fewer --num_seeds or --num_envs, a smaller batch or replay need less"
+            raise UserError(f"out of memory on {device_name()}; {less}") from None
+        if not error and self._unwritten:
+            raise UserError(f"{self.folder / 'metrics.csv'} lacks its last rows: the disk is full")
 
     def _end(self, failed):
         """Gives the folder up; a run that failed before its first checkpoint leaves it as free as it was."""
@@ -465,8 +509,8 @@ class Run:
         if self.stopping:
             raise KeyboardInterrupt  # asked twice: at once; the last checkpoint stays
         self.stopping = signal.Signals(number)
-        # not through self.progress, whose lock the main thread may hold
-        os.write(2, b"\nstopping after this chunk; once more to stop at once\n")
+        with contextlib.suppress(OSError):  # not through self.progress, whose lock the main thread may hold
+            os.write(2, b"\nstopping after this compilation or chunk; once more to stop at once\n")
 
     @property
     def seconds(self) -> float:
@@ -476,6 +520,15 @@ class Run:
     def print(self, text: str) -> None:
         """A line that stays."""
         self.progress.print(text)
+
+    def draw(self, what: str, function, *args, **kwargs) -> None:
+        """Calls a function that draws a picture and returns its path. One that cannot be written does not end a run."""
+        self.progress.show(f"drawing the {what}")
+        try:
+            path = function(*args, **kwargs)
+        except OSError as error:
+            path = f"warning: not drawn: {error}"
+        self.print(f"{what:15} {path}")
 
     # -- before the loop
 
@@ -487,29 +540,28 @@ class Run:
         """
         return jax.jit(over_seeds(self.config.num_seeds, function), donate_argnums=(0,) if donate else ())
 
-    def compile(self, name: str, function, *shapes, donate: bool = False) -> Program:
+    def compile(self, name: str, function, *shapes, donate: bool = False) -> jax.stages.Compiled:
         """Compiles a function of one seed for arguments of all seeds.
 
         A dict among its results holds metrics; their names become columns of metrics.csv.
         """
         program = self.compile_jitted(name, self.over_seeds(function, donate), *shapes)
-        for result in program.output if type(program.output) is tuple else [program.output]:
+        for result in program.out_info if type(program.out_info) is tuple else [program.out_info]:
             self.columns += result if isinstance(result, dict) else []
         return program
 
-    def compile_jitted(self, name: str, jitted, *shapes) -> Program:
+    def compile_jitted(self, name: str, jitted, *shapes) -> jax.stages.Compiled:
         """Compiles a jitted function as it is; prints how long that took and its memory."""
         self.exit_if_stopping()
         self.progress.show(f"compiling {name}")
         start = time.monotonic()
-        traced = jitted.trace(*shapes)
-        compiled, output = traced.lower().compile(), traced.out_info
+        compiled = jitted.lower(*shapes).compile()
         seconds = time.monotonic() - start
         self.compile_seconds += seconds
         memory = compiled.memory_analysis()
         held, temporary = (getattr(memory, f"{kind}_size_in_bytes", 0) / 1e6 for kind in ("argument", "temp"))
         self.print(f"compiled {name} in {seconds:.1f} s; memory {held:.0f} MB held, {temporary:.0f} MB temporary")
-        return Program(compiled, output)
+        return compiled
 
     def describe(self, *lines: str, **networks) -> None:
         """The start-up report: folder, recipe, these lines, parameters of the networks of one seed, device."""
@@ -527,7 +579,8 @@ class Run:
             self.print(line)
         for name, network in networks.items():
             self.print(f"{name:12s} {count_parameters(network) // config.num_seeds:,} parameters")
-        self.print(f"device {device_name()}; matmul precision {config.matmul_precision}; {config.num_seeds} seed(s)")
+        precision = jax.config.jax_default_matmul_precision or "default"
+        self.print(f"device {device_name()}; matmul precision {precision}; {config.num_seeds} seed(s)")
 
     def restore(self, like):
         """Loads the newest checkpoint that is intact, and cuts metrics.csv back to it.
@@ -608,13 +661,17 @@ class Run:
 
         Args:
           state: after the chunk.
-          metrics: name -> values of shape (num_seeds,), or (num_seeds, gradient steps), of which the mean is kept.
+          metrics: name -> values of shape (num_seeds,), or (num_seeds, gradient steps), of which the mean is kept; or
+            two such values, a sum and a count, whose quotient is the metric.
 
         Raises:
           UserError: a metric `train/...loss` or a parameter of `state.agent` is NaN or infinite.
         """
         before, self.steps = self.steps, _count(state)
-        metrics = {name: np.asarray(values) for name, values in metrics.items()}
+        quotient = lambda sum, count: np.divide(
+            sum, count, where=np.asarray(count) > 0, out=np.full(np.shape(sum), np.nan)
+        )
+        metrics = {name: quotient(*x) if type(x) is tuple else np.asarray(x) for name, x in metrics.items()}
         self._check_finite(before, state, metrics)
         metrics = {name: x.mean(axis=1) if x.ndim > 1 else x for name, x in metrics.items()}
         self._write_row(metrics)
@@ -624,7 +681,11 @@ class Run:
             self.print(f"env steps {self.steps['env_steps']:>11,}  {self.scores.what}: {'; '.join(shown)}")
         self._show_progress()
         if self._due(self.config.checkpoint_every, before, self.steps):
-            self.save(state)
+            try:
+                self.save(state)
+            except UserError as error:
+                need(self.steps["env_steps"] < self.config.total_env_steps, str(error))
+                self.print(f"warning: {error}")
 
     def _due(self, every, before, after):
         """Whether a chunk reached or crossed a multiple of `every` environment steps, or ended the run."""
@@ -651,17 +712,26 @@ class Run:
         self._last_step = now
         times = (self.seconds, self.compile_seconds, (now[0] - last[0]) / (now[1] - last[1]))
         head = self.steps | {name: f"{time:.3f}" for name, time in zip(TIMING_COLUMNS, times)}
-        path = self.folder / "metrics.csv"
-        new = not path.exists() or not path.stat().st_size
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, ["seed", *head, *self.columns])
-            if new:
-                writer.writeheader()
-            for i in range(self.config.num_seeds):
-                row = {name: f"{float(values[i]):.9g}" for name, values in metrics.items()}
-                writer.writerow({"seed": self.config.seed + i, **head, **row})
-        for sink in self._sinks:
-            sink.write(self.steps["env_steps"], {k: float(np.mean(v)) for k, v in metrics.items()})
+        path, text = self.folder / "metrics.csv", io.StringIO()
+        writer = csv.DictWriter(text, ["seed", *head, *self.columns], lineterminator="\n")
+        if not self._unwritten and not (path.exists() and path.stat().st_size):
+            writer.writeheader()
+        for i in range(self.config.num_seeds):
+            row = {name: f"{float(values[i]):.9g}" for name, values in metrics.items()}
+            writer.writerow({"seed": self.config.seed + i, **head, **row})
+        self._unwritten += text.getvalue()
+        try:
+            _append(path, self._unwritten)
+            self._unwritten = ""
+        except OSError as error:
+            self.print(f"warning: cannot write {path}: {error}; these rows come with the next")
+        means = {name: float(np.mean(x)) for name, x in metrics.items() if np.isfinite(x).all()}
+        for sink in list(self._sinks):
+            try:
+                sink.write(self.steps["env_steps"], means)
+            except Exception as error:  # of any kind that these packages have
+                self._sinks.remove(sink)
+                self.print(f"warning: {sink.name} failed, and the run goes on without it: {error!r}")
 
     def _show_progress(self):
         """How far, how fast, how long to go, how well."""
@@ -760,6 +830,12 @@ def one_seed(tree, i: int = 0):
     return jax.tree.map(lambda x: x[i], tree)
 
 
+def use_precision(config) -> None:
+    """Lets a config's matmul_precision hold from here on, if it has one."""
+    if config.matmul_precision:
+        jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+
+
 def device_name() -> str:
     device = jax.devices()[0]
     cores = f" ({os.cpu_count()} cores)" if device.platform == "cpu" else ""
@@ -835,7 +911,7 @@ def _write_facts(path, config, recipes) -> list[str]:
     """Writes config.json: how the run was made, and how each time it was gone on with. Returns what differs from the
     last time."""
     now, differs = _facts(config, recipes), []
-    facts = {"config": _settings(config), **now}
+    facts = {"config": _settings(config), **now, "id": secrets.token_hex(8)}
     if config.resume:
         facts = json.loads(path.read_text())
         facts |= {"config": _settings(config), "resumed": [*facts.get("resumed", []), now]}
@@ -944,6 +1020,18 @@ def _read_state(file, like):
     return jax.tree.map(lambda raw, shape: jax.random.wrap_key_data(raw) if _is_key(shape) else raw, plain, like)
 
 
+def _append(path, text):
+    """Adds lines to a file, all or none."""
+    with path.open("a") as file:
+        size = file.tell()
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:
+            os.truncate(path, size)
+            raise
+
+
 def _write_atomically(path, data):
     partial = path.with_suffix(".partial")
     partial.write_bytes(data)
@@ -963,26 +1051,34 @@ def _clock(seconds):
 
 
 class _TensorBoard:
-    def __init__(self, folder):
+    name = "tensorboard"
+
+    def __init__(self, config, folder):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder))
+        self._make, self._writer = functools.partial(SummaryWriter, str(folder)), None
 
     def write(self, step, metrics):
+        # a resumed run repeats what it had written after its checkpoint
+        self._writer = self._writer or self._make(purge_step=step)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self):
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
 
 class _Wandb:
+    name = "wandb"
+
     def __init__(self, config, folder):
         import wandb
 
-        name = "-".join(Path(folder).absolute().parts[-3:])
-        settings = dataclasses.asdict(config)
-        self._run = wandb.init(project="cleancrl", dir=str(folder), config=settings, id=name, resume="allow")
+        facts, project = json.loads((folder / "config.json").read_text()), os.environ.get("WANDB_PROJECT", "cleancrl")
+        self._run = wandb.init(
+            project=project, dir=str(folder), config=facts["config"], id=facts["id"], name=folder.name, resume="allow"
+        )
 
     def write(self, step, metrics):
         self._run.log(metrics, step=step)
@@ -992,12 +1088,12 @@ class _Wandb:
 
 
 def _sinks(config, folder):
-    for wanted, extra, make in (
-        (config.tensorboard, "tensorboard", lambda: _TensorBoard(folder)),
-        (config.wandb, "wandb", lambda: _Wandb(config, folder)),
-    ):
-        if wanted:
+    for sink in (_TensorBoard, _Wandb):
+        if getattr(config, sink.name):
             try:
-                yield make()
+                yield sink(config, folder)
             except ImportError:
-                raise UserError(f"--{extra} needs packages that are missing: pip install -e '.[{extra}]'") from None
+                missing = f"--{sink.name} needs packages that are missing: pip install -e '.[{sink.name}]'"
+                raise UserError(missing) from None
+            except Exception as error:  # of any kind that these packages have
+                raise UserError(f"{sink.name} failed: {error!r}") from None
