@@ -6,6 +6,7 @@ environment.
 """
 
 import abc
+import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -60,6 +61,15 @@ class TaskState(NamedTuple):
 State = GoalState | AchievementState | TaskState
 
 
+def _in_float32(function):
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.default_matmul_precision("float32"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 class Env(abc.ABC):
     """A robot, or a player, in its world; `GoalEnv`, `AchievementEnv` and `TaskFamily` say what it is to do there.
 
@@ -75,6 +85,11 @@ class Env(abc.ABC):
     action_size: int
     control_step: float | None = None
     simulator: str = "pure JAX"
+
+    def __init_subclass__(cls):
+        """Physics has float32 matrix products, whatever precision networks and losses have."""
+        for name in {"reset", "step", "place"} & vars(cls).keys():
+            setattr(cls, name, _in_float32(vars(cls)[name]))
 
     @abc.abstractmethod
     def reset(self, key: Key[Array, ""]) -> State:

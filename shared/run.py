@@ -161,7 +161,7 @@ def field_docs(config_class) -> dict[str, str]:
     return docs
 
 
-def configure(config_class, recipes: dict[str, str], description: str, argv: list[str] | None = None):
+def configure(config_class, recipes: dict[str, str], description: str | None, argv: list[str] | None = None):
     """Builds a Config from the command line.
 
     Defaults are the dataclass's; on them come the recipes whose pattern matches `--env`, then the flags given. With
@@ -198,9 +198,9 @@ def _check_jax():
     need(not jax.config.jax_enable_x64, "JAX_ENABLE_X64 is on; the scripts compute in float32, so unset it")
     try:
         jax.devices()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"JAX finds no device: {reason} (JAX_PLATFORMS is {jax.config.jax_platforms})") from None
+    except (RuntimeError, AssertionError):
+        wanted = jax.config.jax_platforms
+        raise UserError(f"JAX finds no device for JAX_PLATFORMS={wanted}; unset it, or mend the driver") from None
 
 
 def recipe_for(config_class, env: str, recipes: dict[str, str]) -> dict:
@@ -1022,14 +1022,13 @@ def _read_state(file, like):
 
 def _append(path, text):
     """Adds lines to a file, all or none."""
-    with path.open("a") as file:
-        size = file.tell()
-        try:
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
             file.write(text)
-            file.flush()
-        except OSError:
-            os.truncate(path, size)
-            raise
+    except OSError:
+        os.truncate(path, size)
+        raise
 
 
 def _write_atomically(path, data):

@@ -1,3 +1,4 @@
+import re
 from typing import NamedTuple
 
 import chex
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
+import envs
 from envs import GoalEnv, GoalState, VectorEnv
 
 LIMIT = 6
@@ -238,3 +240,13 @@ def test_wrong_shapes_are_caught_under_test():
     step, state = start(2, "resampled")
     with pytest.raises(TypeCheckError, match="num_envs action"):
         step(state, jnp.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["ant", "half_cheetah"])
+def test_physics_has_float32_whatever_the_networks_have(name):
+    env = envs.make(name)
+    state, action = jax.eval_shape(env.reset, jax.random.key(0)), jax.ShapeDtypeStruct((env.action_size,), jnp.float32)
+    with jax.default_matmul_precision("bfloat16"):
+        traced = str(jax.make_jaxpr(env.step)(state, action))
+    products = re.findall(r" precision=(.*)", traced)
+    assert products and set(products) == {"(Precision.HIGHEST, Precision.HIGHEST)"}

@@ -1,11 +1,15 @@
 """Flags, run folders and bad input. Nothing here compiles: a bad setting is refused before that."""
 
 import dataclasses
+import importlib
+import io
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal, NamedTuple
 
@@ -44,6 +48,8 @@ class Config(run.RunConfig):
     """Steps."""
     final_lr_fraction: run.Share = 1.0
     """A share."""
+    unbounded: float = 0.0
+    """A number."""
 
 
 RECIPES = {"point_*": "--rate 0.1", "point_u*": "--size 3\n  --noflag"}
@@ -102,12 +108,93 @@ def test_bad_flags_are_one_line(flags, message):
         ("--threshold=1", "threshold is 1.0; it lies in [0.5, 1), so that it is unique"),
         ("--final_lr_fraction=-0.1", "final_lr_fraction is -0.1; it lies in [0, 1]"),
         ("--total_env_steps=3000000000", "total_env_steps is 3000000000; it lies in [1, 2000000000]"),
+        ("--seed=3000000000", "seed is 3000000000; it lies in [0, 2000000000]"),
+        ("--seed=-1", "seed is -1; it lies in [0, 2000000000]"),
+        ("--unbounded=inf", "unbounded is inf; it is a finite number"),
+        ("--unbounded=nan", "unbounded is nan; it is a finite number"),
     ],
 )
 def test_a_value_out_of_its_range_is_one_line(flag, message):
     with pytest.raises(run.UserError) as error:
         configure(flag)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1e6", 1_000_000), ("2.5e3", 2500), ("1_000", 1000), ("1e-1", None), ("1.5", None)]
+)
+def test_whole_numbers_may_be_written_with_an_exponent(text, number):
+    if number:
+        assert configure(f"--total_env_steps={text}").total_env_steps == number
+    else:
+        with pytest.raises(run.UserError, match="total_env_steps"):
+            configure(f"--total_env_steps={text}")
+
+
+def test_a_home_folder_is_found(folder):
+    assert configure("--run_dir=~/x").run_dir == os.path.expanduser("~/x")
+
+
+def test_x64_is_refused():
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with pytest.raises(run.UserError, match="JAX_ENABLE_X64 is on"):
+            configure()
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
+CRL = str(Path(run.__file__).parent.parent / "algorithms/crl.py")
+
+
+@pytest.mark.parametrize(
+    ("command", "env", "code", "said"),
+    [
+        ("{python} {crl}", {"JAX_PLATFORMS": "cuda"}, 2, "error: JAX finds no device for JAX_PLATFORMS=cuda; .*\n"),
+        ("{python} {crl} --depth 5 2>&-", {}, 2, ""),
+        ("{python} {crl} --depth 5 >&- 2>&1", {}, 2, ""),
+        ("{python} -OO {crl} --help >/dev/null", {}, 0, ""),
+    ],
+)
+def test_odd_surroundings_are_one_line_or_right(command, env, code, said):
+    options = {"shell": True, "env": {**os.environ, **env}, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run(command.format(python=shlex.quote(run.sys.executable), crl=shlex.quote(CRL)), **options)
+    assert done.returncode == code, done.stderr
+    assert re.fullmatch(said, done.stderr), done.stderr
+
+
+FORK = """
+{future}
+import dataclasses
+from shared import run
+
+@dataclasses.dataclass(frozen=True)
+class Config(run.RunConfig):
+    env: str = "ant"
+    total_env_steps: run.Steps = 100
+    extra: {kind} = {default}
+"""
+
+
+@pytest.mark.parametrize("future", ["", "from __future__ import annotations"])
+def test_a_field_of_a_fork_needs_no_docstring_and_may_be_a_string(tmp_path, monkeypatch, future, capsys):
+    path = tmp_path / f"fork_{bool(future)}.py"
+    path.write_text(FORK.format(future=future, kind="run.Count", default=3))
+    monkeypatch.syspath_prepend(tmp_path)
+    fork = importlib.import_module(path.stem)
+    assert run.configure(fork.Config, {}, None, ["x", "--extra=4"]).extra == 4
+    with pytest.raises(run.UserError, match="extra is 0; it is at least 1"):
+        run.configure(fork.Config, {}, None, ["x", "--extra=0"])
+    with pytest.raises(SystemExit):
+        run.configure(fork.Config, {}, None, ["x", "--help"])
+    assert "--extra\n      It is at least 1. (default: 3)" in capsys.readouterr().out.replace("       It", "      It")
+
+
+def test_a_field_that_no_flag_can_set_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "fork_tuple.py").write_text(FORK.format(future="", kind="tuple[int, ...]", default="(1, 2)"))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(run.UserError, match=r"Config.extra is a tuple\[int, ...\]; a flag is a bool, int, float"):
+        run.configure(importlib.import_module("fork_tuple").Config, {}, None, ["x"])
 
 
 def test_ranges_hold_at_their_ends():
@@ -232,6 +319,164 @@ def test_what_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, metrics, w
         with pytest.raises(run.UserError, match=f"^{what}; training stopped, the last good checkpoint is kept"):
             log.end_chunk(after, {"train/unlucky": np.array([np.nan, 1]), **metrics})
     assert restore(tmp_path / "r").env_steps[0] == 20
+
+
+def test_a_metric_may_be_a_sum_and_a_count_and_is_unknown_where_the_count_is_0(tmp_path):
+    with new_run(tmp_path / "r") as log:
+        log.columns += ["train/return"]
+        chunks(log, 0, 20, **{"train/return": (np.array([6.0, 0]), np.array([4, 0]))})
+    np.testing.assert_array_equal(run.read_metrics(tmp_path / "r")["train/return"], [1.5, np.nan])
+
+
+def test_a_matmul_precision_acts_only_when_given(tmp_path, capsys):
+    jax.config.update("jax_default_matmul_precision", "bfloat16")
+    try:
+        for given, holds in ((None, "bfloat16"), ("tensorfloat32", "tensorfloat32")):
+            with new_run(tmp_path / str(given), matmul_precision=given) as log:
+                log.describe()
+            assert jax.config.jax_default_matmul_precision == holds
+            assert f"matmul precision {holds}" in capsys.readouterr().out
+    finally:
+        jax.config.update("jax_default_matmul_precision", None)
+
+
+def test_a_terminal_that_is_gone_or_knows_few_letters_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        run.say(pipe, "nobody listens")
+        run.say(pipe, "still nobody")
+    letters = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    run.say(letters, "0 \u2212 1")
+    assert letters.buffer.getvalue() == b"0 \\u2212 1"
+
+
+def test_the_end_of_the_terminal_stops_a_run_after_its_chunk(tmp_path):
+    with pytest.raises(SystemExit) as exit_, new_run(tmp_path / "r") as log:
+        state = chunks(log, 0, 20)
+        os.kill(os.getpid(), run.signal.SIGHUP)
+        log.going(state)
+    assert exit_.value.code == 128 + run.signal.SIGHUP
+    assert restore(tmp_path / "r").env_steps[0] == 20
+
+
+def test_rows_that_do_not_fit_the_disk_come_with_the_next_and_the_run_goes_on(tmp_path, capsys):
+    """The limit on the size of files lets half of a row through, like a disk that is nearly full."""
+    with new_run(tmp_path / "r") as log:
+        state = chunks(log, 0, 20)
+        size = (tmp_path / "r/metrics.csv").stat().st_size
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 9, limits[1]))
+        try:
+            log.going(state)
+            state = state_at(40)
+            log.end_chunk(state, {"train/loss": np.ones(2)})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (tmp_path / "r/metrics.csv").stat().st_size == size
+        said = capsys.readouterr().out
+        assert "warning: cannot write" in said and "these rows come with the next" in said
+        assert "warning: cannot write checkpoint" in said
+        assert log.going(state)
+        log.end_chunk(state_at(60), {"train/loss": np.ones(2)})
+    assert run.read_metrics(tmp_path / "r")["env_steps"].tolist() == [20, 20, 40, 40, 60, 60]
+    assert restore(tmp_path / "r").env_steps[0] == 60
+
+
+def test_rows_that_are_lost_at_the_end_are_an_error(tmp_path, monkeypatch):
+    def full(path, text):
+        raise OSError("no space")
+
+    with pytest.raises(run.UserError, match=r"metrics.csv lacks its last rows"), new_run(tmp_path / "r") as log:
+        monkeypatch.setattr(run, "_append", full)
+        chunks(log, 0, 20)
+
+
+def test_a_picture_that_cannot_be_written_is_said(tmp_path, capsys):
+    def full():
+        raise OSError("no space")
+
+    with new_run(tmp_path / "r") as log:
+        log.draw("curve", full)
+        log.draw("map", lambda name: name, "map.png")
+    assert re.search(r"curve +warning: not drawn: no space\nmap +map.png\n", capsys.readouterr().out)
+
+
+def test_too_little_memory_is_one_line(tmp_path):
+    with pytest.raises(run.UserError, match=r"out of memory on .*; fewer --num_seeds"), new_run(tmp_path / "r"):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+
+def test_line_ends_of_metrics_are_of_one_kind(folder):
+    with resumed(folder) as log:
+        log.restore(SHAPES)
+        chunks(log, 40, 60)
+    assert b"\r" not in (folder / "metrics.csv").read_bytes()
+
+
+class Logger:
+    """Stands for the modules wandb and tensorboardX."""
+
+    def __init__(self, fails=False):
+        self.started, self.logged, self.fails = [], [], fails
+
+    def init(self, **settings):
+        if self.fails == "at once":
+            raise ValueError("no\nkey")
+        self.started.append(settings)
+        return self
+
+    def SummaryWriter(self, folder, purge_step):
+        return self.init(purge_step=purge_step)
+
+    def log(self, metrics, step):
+        if self.fails:
+            raise ConnectionError("gone")
+        self.logged.append((step, metrics))
+
+    def add_scalar(self, name, value, step):
+        self.logged.append((step, {name: value}))
+
+    def finish(self):
+        pass
+
+    close = finish
+
+
+def test_weights_and_biases_know_a_run_by_an_id_of_its_own(tmp_path, monkeypatch):
+    wandb = Logger()
+    monkeypatch.setitem(run.sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    for name in "ab":
+        with new_run(tmp_path / name, wandb=True) as log:
+            chunks(log, 0, 20)
+    with resumed(tmp_path / "a", wandb=True):
+        pass
+    first, other, again = (settings["id"] for settings in wandb.started)
+    assert first == again != other and re.fullmatch("[0-9a-f]{16}", first)
+    assert {settings["project"] for settings in wandb.started} == {"mine"}
+    assert [step for step, _ in wandb.logged] == [20, 20]
+
+
+def test_a_logger_that_fails_is_one_line_and_ends_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(run.sys.modules, "wandb", Logger(fails="at once"))
+    with pytest.raises(run.UserError, match="wandb failed: ValueError") as error:
+        new_run(tmp_path / "a", wandb=True)
+    assert "\n" not in str(error.value) and not (tmp_path / "a").exists()
+    monkeypatch.setitem(run.sys.modules, "wandb", Logger(fails=True))
+    with new_run(tmp_path / "b", wandb=True) as log:
+        chunks(log, 0, 20, 40)
+    assert capsys.readouterr().out.count("wandb failed, and the run goes on without it") == 1
+
+
+def test_tensorboard_forgets_what_a_resumed_run_repeats_and_gets_no_nan(folder, monkeypatch):
+    board = Logger()
+    monkeypatch.setitem(run.sys.modules, "tensorboardX", board)
+    with resumed(folder, tensorboard=True) as log:
+        log.restore(SHAPES)
+        chunks(log, 40, 60, **{"eval/x": np.array([np.nan, 1.0])})
+    assert board.started == [{"purge_step": 60}]
+    assert {name for _, metrics in board.logged for name in metrics} == {"train/loss"}
 
 
 def test_restores_the_newest_checkpoint_exactly(folder):
