@@ -34,7 +34,7 @@ import optax
 from annotated_types import Ge, Interval
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from envs import TaskFamily, TaskState
+from envs import TaskFamily, TaskState, intact
 from shared import pictures, run
 from shared import replay as buffer
 from shared.networks import MLP, SquashedGaussian
@@ -516,6 +516,8 @@ class TrainState(NamedTuple):
     test_tasks: Float[Array, "test_tasks task"]
     env_steps: Int[Array, ""]
     gradient_steps: Int[Array, ""]
+    broken: Int[Array, ""]
+    """Steps in which the simulator failed."""
     key: Key[Array, ""]
 
 
@@ -540,6 +542,7 @@ def init(config: Config, family: TaskFamily, key: Key[Array, ""]) -> TrainState:
         test_tasks=jnp.copy(test_tasks),
         env_steps=jnp.zeros((), jnp.int32),
         gradient_steps=jnp.zeros((), jnp.int32),
+        broken=jnp.zeros((), jnp.int32),
         key=key,
     )
 
@@ -571,8 +574,9 @@ def unroll(
     posterior: Gaussian,
     tasks: Float[Array, "batch task"],
     key: Key[Array, ""],
-) -> tuple[Transition, Bool[Array, "batch time"]]:
-    """`episode_length` steps from fresh starts with sampled actions, and which of them ended an episode.
+) -> tuple[Transition, Bool[Array, "batch time"], Int[Array, ""]]:
+    """`episode_length` steps from fresh starts with sampled actions, which of them ended an episode, and how many the
+    simulator failed in.
 
     z is sampled at the start of each episode. An episode that ends early is followed by another.
     """
@@ -584,24 +588,29 @@ def unroll(
         state, z = carry
         action_key, start_key, z_key = jax.random.split(key, 3)
         action, _ = policy(agent, state.observation, z).sample_and_log_prob(action_key)
-        after = jax.vmap(family.step)(state, action)
-        ended = after.terminated
+        after, broken = intact(state, jax.vmap(family.step)(state, action))
+        ended = after.terminated | broken
         transition = Transition(
             observation=state.observation,
             action=action,
             reward=after.reward,
             training_reward=jax.vmap(family.training_reward)(after),
             next_observation=after.observation,
-            terminated=ended.astype(jnp.float32),
+            terminated=after.terminated.astype(jnp.float32),
         )
         restart = lambda: (reset(family, tasks, start_key), sample_z(z_key))
         # a start may be as dear as a step, so it is skipped while no episode ends
         fresh = jax.lax.cond(ended.any(), restart, lambda: (after, z))
-        return select(ended, fresh, (after, z)), (transition, ended)
+        return select(ended, fresh, (after, z)), (transition, ended, broken)
 
     start = reset(family, tasks, start_key), sample_z(z_key)
     _, steps = jax.lax.scan(step, start, jax.random.split(key, config.episode_length))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1), steps)
+    transitions, ended, broken = jax.tree.map(lambda x: x.swapaxes(0, 1), steps)
+    # where the simulator failed, the row before is stored once more, or the first one
+    row = jax.lax.cummax(jnp.where(broken, 0, jnp.arange(config.episode_length)), axis=1)
+    row = jnp.maximum(row, jnp.argmin(broken, axis=1)[:, None])
+    take = jax.vmap(lambda x, row: x[row])
+    return jax.tree.map(lambda x: take(x, row), transitions), ended, broken.sum()
 
 
 def gather_data(
@@ -615,13 +624,14 @@ def gather_data(
         if phase != "prior" and config.context == "encoder":
             recent = buffer.sample_context(replay, visits, context_key, config.context_size)
             belief = embed(state.agent.model.encoder, context_row(config, recent))
-        data, last = unroll(config, family, state.agent, belief, state.train_tasks[visits], unroll_key)
-        return buffer.add_to_tasks(replay, visits, data, last, context=phase != "extra"), None
+        data, last, broken = unroll(config, family, state.agent, belief, state.train_tasks[visits], unroll_key)
+        return buffer.add_to_tasks(replay, visits, data, last, context=phase != "extra"), broken
 
     key, phase_key = jax.random.split(state.key)
     keys = jax.random.split(phase_key, steps // config.episode_length)
-    replay, _ = jax.lax.scan(episode, state.replay, keys)
-    return state._replace(replay=replay, key=key, env_steps=state.env_steps + len(visits) * steps)
+    replay, broken = jax.lax.scan(episode, state.replay, keys)
+    env_steps, broken = state.env_steps + len(visits) * steps, state.broken + broken.sum()
+    return state._replace(replay=replay, key=key, env_steps=env_steps, broken=broken)
 
 
 def fill(config: Config, family: TaskFamily, state: TrainState) -> TrainState:
@@ -695,7 +705,8 @@ def learn(config: Config, family: TaskFamily, state: TrainState) -> tuple[TrainS
     """The gradient steps of one iteration; each metric has one entry a step."""
     key, update_key = jax.random.split(state.key)
     keys = jax.random.split(update_key, config.updates_per_iteration)
-    return jax.lax.scan(partial(update, config, family), state._replace(key=key), keys)
+    state, metrics = jax.lax.scan(partial(update, config, family), state._replace(key=key), keys)
+    return state, metrics | {"train/broken_steps": state.broken}
 
 
 # ---- evaluation ---------------------------------------------------------------------------------------------------
@@ -715,7 +726,7 @@ def play(config: Config, family: TaskFamily, agent: Agent, z: Float[Array, "batc
 
     def step(state, _):
         action = policy(agent, state.observation, z).mode()
-        after = jax.vmap(family.step)(state, action)
+        after, _ = intact(state, jax.vmap(family.step)(state, action))
         # a robot that fell stays as it was
         return select(state.terminated, state, after), record(state, action, after)
 

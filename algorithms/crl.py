@@ -406,21 +406,25 @@ def collect(config: Config, env: GoalEnv, state: TrainState) -> TrainState:
     vector = vector_env(config, env)
     key, unroll_key = jax.random.split(state.key)
 
-    def step(current: VectorState, key):
+    def step(carry: tuple[VectorState, Transition], key):
+        before, previous = carry
         action_key, switch_key, goal_key = jax.random.split(key, 3)
-        observation, goal = current.env.observation, current.env.goal
+        observation, goal = before.env.observation, before.env.goal
         action, _ = policy(state.agent, observation, goal).sample_and_log_prob(action_key)
-        current, after, truncated = vector.step(current, action)
+        current, after, truncated = vector.step(before, action)
         if config.goal_switch_probability > 0:
             new = jax.vmap(env.sample_goal)(jax.random.split(goal_key, config.num_envs))
             switch = jax.random.bernoulli(switch_key, config.goal_switch_probability, (config.num_envs, 1))
             goal = jnp.where(switch, new, current.env.goal)
             current = current._replace(env=jax.vmap(env.with_goal)(current.env, goal))
         transition = Transition(observation, action, env.achieved_goal(after.observation))
-        return current, (transition, after.terminated | truncated)
+        # where the simulator failed, the row before is stored once more (zeros, if there was none)
+        broken = (current.broken > before.broken)[:, None]
+        transition = jax.tree.map(partial(jnp.where, broken), previous, transition)
+        return (current, transition), (transition, after.terminated | truncated)
 
     keys = jax.random.split(unroll_key, config.unroll_length)
-    current, (transitions, last) = jax.lax.scan(step, state.envs, keys)
+    (current, _), (transitions, last) = jax.lax.scan(step, (state.envs, buffer.newest(state.replay)), keys)
     replay = buffer.add(state.replay, transitions, last)
     return state._replace(replay=replay, envs=current, env_steps=state.env_steps + chunk_steps(config), key=key)
 
@@ -459,7 +463,8 @@ def learn(config: Config, env: GoalEnv, state: TrainState) -> tuple[TrainState, 
     """`updates_per_chunk` gradient steps; each metric has one entry a step."""
     key, update_key = jax.random.split(state.key)
     keys = jax.random.split(update_key, config.updates_per_chunk)
-    return jax.lax.scan(partial(update, config, env), state._replace(key=key), keys)
+    state, metrics = jax.lax.scan(partial(update, config, env), state._replace(key=key), keys)
+    return state, metrics | {"train/broken_steps": state.envs.broken.sum()}
 
 
 def evaluate(config: Config, env: GoalEnv, far_env: GoalEnv | None, agent: Agent, key: Key[Array, ""]) -> dict:

@@ -537,6 +537,8 @@ def step(
         last = encode(agent, after.observation)
         last_value = normaliser.denormalise(act(agent, last, recall(acting, last, changed))[1])
         reward = reward + jnp.where(truncated, config.discount * last_value, 0)
+    # where the simulator failed, nothing is better or worse than expected: the advantage is 0
+    reward = jnp.where(envs.broken > current.broken, normaliser.denormalise(value), reward)
     taken = no_steps(config, vector.env, vector.num_envs)._replace(
         observation=current.env.observation,
         action=action,
@@ -605,7 +607,7 @@ def learn(config: Config, state: TrainState, acting: Acting, steps: Step) -> tup
         ppo_steps=state.ppo_steps + config.update_epochs * config.num_minibatches,
         key=key,
     )
-    return state, jax.tree.map(jnp.mean, info) | scores
+    return state, jax.tree.map(jnp.mean, info) | scores | {"train/broken_steps": acting.envs.broken.sum()}
 
 
 def update(config: Config, loss, carry: tuple, *batch) -> tuple[tuple, dict]:

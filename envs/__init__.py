@@ -17,6 +17,7 @@ from envs.base import (
     TaskState,
     VectorEnv,
     VectorState,
+    intact,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "VectorEnv",
     "VectorState",
     "far_goals",
+    "intact",
     "make",
     "make_kind",
     "names",

@@ -61,6 +61,15 @@ class TaskState(NamedTuple):
 State = GoalState | AchievementState | TaskState
 
 
+def intact(before: State, after: State) -> tuple[State, Bool[Array, "*batch"]]:
+    """A batch of states after a step, and where the simulator failed in it: an observation or reward is not finite.
+    There the state is again the one before the step, without a reward."""
+    features = tuple(range(after.reward.ndim, after.observation.ndim))
+    broken = ~(jnp.isfinite(after.reward) & jnp.isfinite(after.observation).all(axis=features))
+    stay = lambda old, new: jnp.where(broken.reshape(broken.shape + (1,) * (new.ndim - broken.ndim)), old, new)
+    return jax.tree.map(stay, before._replace(reward=jnp.zeros_like(after.reward)), after), broken
+
+
 def _in_float32(function):
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
@@ -237,6 +246,8 @@ class VectorState(NamedTuple):
     """Where the next resets draw from."""
     first: State | None
     """Each environment's first state, to which it returns under `goals='fixed'`."""
+    broken: Int[Array, " num_envs"]
+    """Steps so far in which the simulator failed."""
 
 
 class VectorEnv:
@@ -279,6 +290,7 @@ class VectorEnv:
             steps=jnp.zeros(self.num_envs, jnp.int32),
             key=jax.random.split(reset_key, self.num_envs),
             first=jax.tree.map(jnp.copy, state) if self.goals == "fixed" else None,
+            broken=jnp.zeros(self.num_envs, jnp.int32),
         )
 
     def step(
@@ -286,18 +298,22 @@ class VectorEnv:
     ) -> tuple[VectorState, State, Bool[Array, " num_envs"]]:
         """Steps every copy; an episode has ended where `after.terminated | truncated`.
 
+        Where the simulator fails, `broken` of the new state is one higher than before, `after` is the state that was
+        acted in, and the episode is truncated. Such a step is nothing to learn from.
+
         Returns:
           state: to act in next, already reset where an episode has just ended.
           after: what each action led to: at the end of an episode its terminal state, not the next episode's first.
           truncated: the time limit ended the episode, and the environment did not.
         """
-        after = jax.vmap(self.env.step)(state.env, action)
+        after, broken = intact(state.env, jax.vmap(self.env.step)(state.env, action))
         steps = state.steps + 1
-        truncated = (steps >= self.episode_length) & ~after.terminated
+        truncated = (steps >= self.episode_length) & ~after.terminated | broken
+        broken = state.broken + broken
         ended = after.terminated | truncated
         if self.fresh_worlds < self.num_envs and self.goals == "resampled":
             env, key = self._restart_few(after, ended, state.key)
-            return VectorState(env, jnp.where(ended, 0, steps), key, state.first), after, truncated
+            return VectorState(env, jnp.where(ended, 0, steps), key, state.first, broken), after, truncated
 
         def restart(key):
             if self.goals == "fixed":
@@ -308,7 +324,7 @@ class VectorEnv:
         # resetting costs about a physics step, so it is skipped while no episode ends
         fresh, key = jax.lax.cond(ended.any(), restart, lambda key: (after, key), state.key)
         env = jax.tree.map(lambda a, b: jnp.where(ended.reshape(-1, *[1] * (a.ndim - 1)), a, b), fresh, after)
-        return VectorState(env, jnp.where(ended, 0, steps), key, state.first), after, truncated
+        return VectorState(env, jnp.where(ended, 0, steps), key, state.first, broken), after, truncated
 
     def restore(self, state: VectorState) -> None:
         """Prepares for going on from a saved state; environments in JAX need nothing."""

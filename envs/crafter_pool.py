@@ -140,7 +140,8 @@ class CrafterPool(VectorEnv):
             terminated=zeros(dtype=bool),
             achievements=zeros(len(self.env.achievement_names), dtype=bool),
         )
-        return VectorState(env, zeros(dtype=jnp.int32), jax.random.split(key, self.num_envs), None)
+        keys, count = jax.random.split(key, self.num_envs), zeros(dtype=jnp.int32)
+        return VectorState(env, steps=count, key=keys, first=None, broken=count)
 
     def step(
         self, state: VectorState, action: Int[Array, " num_envs"]
@@ -167,7 +168,7 @@ class CrafterPool(VectorEnv):
             terminated=jnp.zeros_like(terminated),
             achievements=achievements & ~ended[:, None],
         )
-        return VectorState(env, jnp.where(ended, 0, steps), state.key, state.first), after, truncated
+        return state._replace(env=env, steps=jnp.where(ended, 0, steps)), after, truncated
 
     def restore(self, state: VectorState) -> None:
         """Brings the worlds to a saved state, for `step` to go on from; not for use under jit.

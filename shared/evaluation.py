@@ -61,7 +61,7 @@ def play(
     def step(state, key):
         distribution = policy(state.observation, state.goal)
         action = jnp.where(sampled[..., None], distribution.sample_and_log_prob(key)[0], distribution.mode())
-        after = step_all(state, action)
+        after, _ = envs.intact(state, step_all(state, action))
         fell = state.terminated
         stay = lambda old, new: jnp.where(fell.reshape(fell.shape + (1,) * (new.ndim - fell.ndim)), old, new)
         state = jax.tree.map(stay, state, after)

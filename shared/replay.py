@@ -149,6 +149,11 @@ def gather(replay: Replay, row: Int[Array, " batch"], env: Int[Array, " batch"])
     return jax.tree.map(lambda x: x[row % replay.capacity, env], replay.data)
 
 
+def newest(replay: Replay) -> PyTree[Float[Array, "num_envs ..."]]:
+    """The data of the row that each environment wrote last; zeros if there is none."""
+    return jax.tree.map(lambda x: x[(replay.count - 1) % replay.capacity], replay.data)
+
+
 # ---- a buffer for each of many tasks --------------------------------------------------------------------------------
 
 

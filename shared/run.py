@@ -453,7 +453,7 @@ class Run:
         self.config, self.recipes, self.scores, self._vectors = config, recipes, scores, vectors
         self.stopping, self.compile_seconds, self.steps, self.seeds = None, 0.0, {}, _seed_keys(config)
         self._unsaved, self.columns, self._score, self._sinks = dict.fromkeys(unsaved), [], "", []
-        self._unwritten = ""
+        self._unwritten, self._broken = "", 0
         try:
             self.folder = _open_folder(config, algorithm, recipes)
             self._lock = _lock(self.folder)
@@ -487,7 +487,9 @@ class Run:
             vector.close()
         if failures and isinstance(error, RuntimeError):
             raise UserError(f"{failures[0]}; to go on from the last checkpoint: --resume {self.folder}") from None
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        if isinstance(error, jax.errors.JaxRuntimeError) and re.search(
+            "resource_exhausted|out of memory", f"{error}", re.I
+        ):
             less = "fewer --num_seeds or --num_envs, a smaller batch or replay need less"
             raise UserError(f"out of memory on {device_name()}; {less}") from None
         if not error and self._unwritten:
@@ -674,6 +676,13 @@ class Run:
         metrics = {name: quotient(*x) if type(x) is tuple else np.asarray(x) for name, x in metrics.items()}
         self._check_finite(before, state, metrics)
         metrics = {name: x.mean(axis=1) if x.ndim > 1 else x for name, x in metrics.items()}
+        broken = metrics.get("train/broken_steps", np.zeros(1)).sum()
+        if broken > self._broken:
+            what = f"the simulator of {self.config.env} failed in {broken - self._broken:.0f} steps (not finite)"
+            self.print(
+                f"{what} before env step {self.steps['env_steps']:,}; their episodes ended, and they are left out"
+            )
+            self._broken = broken
         self._write_row(metrics)
         shown = [f"{label} {metrics[name].mean():.4g}" for name, label in self.scores.curves.items() if name in metrics]
         if any(name.startswith("eval/") for name in metrics):

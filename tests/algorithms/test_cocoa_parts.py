@@ -85,7 +85,7 @@ def test_an_unroll_restarts_episodes_in_the_same_task_with_a_new_z(family):
     config = small(episode_length=20)
     agent = cocoa.make_agent(config, family, jax.random.key(0))
     tasks = jnp.array([[7.0], [12.0], [9.0]])
-    rows, last = cocoa.unroll(config, family, agent, cocoa.prior(3, 2), tasks, jax.random.key(1))
+    rows, last, _ = cocoa.unroll(config, family, agent, cocoa.prior(3, 2), tasks, jax.random.key(1))
     np.testing.assert_array_equal(rows.reward, np.broadcast_to(tasks, (3, 20)))
     np.testing.assert_array_equal(rows.training_reward, 2 * rows.reward)
     steps = np.asarray(rows.observation[..., 0])
@@ -106,13 +106,13 @@ def test_z_is_kept_for_an_episode_and_drawn_from_the_posterior_for_the_next(fami
     config = small(episode_length=9, latent_size=1)
     tasks = jnp.full((400, 1), 11.0)
     agent = cocoa.make_agent(config, family, jax.random.key(0))
-    rows, _ = cocoa.unroll(config, family, agent, posterior, tasks, jax.random.key(0))
+    rows, *_ = cocoa.unroll(config, family, agent, posterior, tasks, jax.random.key(0))
     z = np.asarray(rows.action[..., 0]).reshape(400, 3, 3)  # episodes of 3 steps
     assert (z == z[:, :, :1]).all()
     assert abs(z[:, 0, 0].mean() - 3) < 0.1 and abs(z[..., 0].std() - 0.5) < 0.05
     assert np.abs(np.corrcoef(z[..., 0].T)[np.triu_indices(3, 1)]).max() < 0.2
     config = dataclasses.replace(config, context="oracle")
-    rows, _ = cocoa.unroll(config, family, agent, posterior, tasks, jax.random.key(0))
+    rows, *_ = cocoa.unroll(config, family, agent, posterior, tasks, jax.random.key(0))
     np.testing.assert_array_equal(rows.action, 5, "the oracle is told half of the task, rounded down")
 
 

@@ -250,3 +250,30 @@ def test_physics_has_float32_whatever_the_networks_have(name):
         traced = str(jax.make_jaxpr(env.step)(state, action))
     products = re.findall(r" precision=(.*)", traced)
     assert products and set(products) == {"(Precision.HIGHEST, Precision.HIGHEST)"}
+
+
+class Fragile(Walk):
+    """Its simulator fails beyond 2."""
+
+    def step(self, state, action):
+        after = super().step(state, action)
+        return after._replace(observation=jnp.where(after.observation[0] > 2, jnp.nan, after.observation))
+
+
+@pytest.mark.parametrize("fresh_worlds", [None, 2])
+def test_a_failed_step_ends_its_episode_where_it_was(fresh_worlds):
+    vector = VectorEnv(Fragile(), 5, 100, fresh_worlds=fresh_worlds)
+    step, state = jax.jit(vector.step), vector.reset(jax.random.key(0))
+    broken = np.zeros(5, int)
+    for _ in range(12):
+        before = state
+        state, after, truncated = step(state, jnp.linspace(0.1, 0.9, 5)[:, None])
+        fails = np.asarray(before.env.observation[:, 0] + jnp.linspace(0.1, 0.9, 5) > 2)
+        broken += fails
+        np.testing.assert_array_equal(truncated, fails)
+        np.testing.assert_array_equal(state.broken, broken)
+        np.testing.assert_array_equal(after.observation[fails], before.env.observation[fails])
+        assert not after.reward[fails].any() and not after.terminated[fails].any()
+        np.testing.assert_array_equal(state.steps == 0, fails)
+        assert np.isfinite(state.env.observation).all() and (state.env.observation[fails, 0] < 1).all()
+    assert broken.sum() > 5 and (broken == 0).sum() <= 1

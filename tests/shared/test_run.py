@@ -328,6 +328,18 @@ def test_a_metric_may_be_a_sum_and_a_count_and_is_unknown_where_the_count_is_0(t
     np.testing.assert_array_equal(run.read_metrics(tmp_path / "r")["train/return"], [1.5, np.nan])
 
 
+def test_failed_steps_of_a_simulator_are_said_once(tmp_path, capsys):
+    with new_run(tmp_path / "r") as log:
+        log.columns += ["train/broken_steps"]
+        for before, after, broken in ((0, 20, 0), (20, 40, 3), (40, 60, 3)):
+            chunks(log, before, after, **{"train/broken_steps": np.array([0, broken])})
+    said = [line for line in capsys.readouterr().out.splitlines() if "failed in" in line]
+    assert said == [
+        "the simulator of point_u_maze failed in 3 steps (not finite) before env step 40; "
+        "their episodes ended, and they are left out"
+    ]
+
+
 def test_a_matmul_precision_acts_only_when_given(tmp_path, capsys):
     jax.config.update("jax_default_matmul_precision", "bfloat16")
     try:
@@ -402,9 +414,10 @@ def test_a_picture_that_cannot_be_written_is_said(tmp_path, capsys):
     assert re.search(r"curve +warning: not drawn: no space\nmap +map.png\n", capsys.readouterr().out)
 
 
-def test_too_little_memory_is_one_line(tmp_path):
+@pytest.mark.parametrize("said", ["RESOURCE_EXHAUSTED: no bytes left", "INTERNAL: Out of memory allocating 9 bytes"])
+def test_too_little_memory_is_one_line(tmp_path, said):
     with pytest.raises(run.UserError, match=r"out of memory on .*; fewer --num_seeds"), new_run(tmp_path / "r"):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+        raise jax.errors.JaxRuntimeError(said)
 
 
 def test_line_ends_of_metrics_are_of_one_kind(folder):
