@@ -14,7 +14,7 @@ LayerNorm make both trainable at depth 1024.
     python algorithms/crl.py --resume runs/crl/...            go on with a run
 
 The point mazes have a recipe (RECIPES below): settings that learn them on two CPU cores. Everything else has the
-paper's hyperparameters. Results, metrics and details: algorithms/crl.md.
+paper's hyperparameters and budget. Results, metrics and details: algorithms/crl.md.
 """
 
 import dataclasses
@@ -44,6 +44,9 @@ RECIPES = {
         --actor_lr 1e-3 --critic_lr 1e-3 --alpha_lr 1e-3 --final_lr_fraction 0.05
         --goal_switch_probability 0.1 --random_goals 0.5 --eval_every 200_000 --checkpoint_every 500_000
     """,
+    "humanoid_*_maze": "--total_env_steps 400_000_000",
+    "ant_u5_maze": "--total_env_steps 400_000_000",
+    "ant_hardest_maze": "--total_env_steps 200_000_000",
 }
 """Flags for environments whose name matches a pattern; a flag that is given overrides them."""
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from envs.mazes import Maze
@@ -135,6 +136,22 @@ class GoalEnv(Env):
     def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> GoalState:
         """In a maze: the robot at rest at x, y, with a goal at x, y."""
         raise NotImplementedError(f"{self.name} has no maze")
+
+    def render(self, states: GoalState, stem: str) -> str:
+        """A picture of each entry of the achieved goals over time, and of the commanded ones (dotted)."""
+        from matplotlib.figure import Figure  # envs run without matplotlib
+
+        achieved = np.asarray(self.achieved_goal(jnp.asarray(states.observation)))
+        figure = Figure(layout="constrained")
+        axes = figure.subplots(achieved.shape[-1], sharex=True, squeeze=False)[:, 0]
+        for i, axis in enumerate(axes):
+            for track, goal in zip(achieved[..., i], np.asarray(states.goal)[..., i]):
+                (line,) = axis.plot(track)
+                axis.plot(goal, ":", color=line.get_color())
+            axis.set_ylabel(f"goal entry {i}")
+        axes[-1].set_xlabel("step")
+        figure.savefig(f"{stem}.png")
+        return f"{stem}.png"
 
     def with_goal(self, state: GoalState, goal: Float[Array, " goal"]) -> GoalState:
         """The same state with another commanded goal."""

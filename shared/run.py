@@ -596,6 +596,8 @@ class Run:
         Raises:
           UserError: every checkpoint is damaged, or an intact one holds other arrays; nothing was changed then.
         """
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like._replace(**self._unsaved)))
+        self.print(f"a checkpoint takes {size / 1e6:,.0f} MB; the last {CHECKPOINTS_KEPT} are kept")
         if not self.config.resume:
             return None
         paths = _checkpoints(self.folder)

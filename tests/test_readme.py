@@ -23,7 +23,7 @@ SHOWN = "episodes that reach their goal: uniform goals"
 def clone(tmp_path, cache, monkeypatch):
     for name, value in (cache | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}).items():
         monkeypatch.setenv(name, value)
-    for folder in ("algorithms", "envs", "shared"):
+    for folder in ("algorithms", "envs", "experiments", "shared"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "pictures"))
     return tmp_path
 
@@ -132,6 +132,16 @@ def test_a_trained_agent_is_loaded_in_three_lines(clone):
     assert lines.count("RUN_FOLDER") == 1
     said = run_in(clone, ["-c", lines.replace("RUN_FOLDER", "run")])
     assert re.fullmatch(r"distance to the goal: \d+\.\d\d\n", said)
+    commands = re.findall(r"^python (experiments.*?) *#", section("Watching, comparing, playing"), re.M)
+    watch, below, play, play_elsewhere = (
+        re.sub(r"RUN_FOLDER(\.\.\.)?", "run", command).split() for command in commands
+    )
+    assert below[1:] == ["runs/crl"]
+    table = run_in(clone, watch)
+    assert re.search(r"^\| point_u_maze \| 1 \| 1,280 \| \d\.\d\d \|$", table, re.M) and (clone / "watch.png").exists()
+    for command in (play, play_elsewhere):
+        assert re.search(r"^success_any +\d", run_in(clone, command), re.M)
+        (clone / "film.gif").unlink()
 
 
 def test_a_maze_that_is_drawn_exists_for_every_robot_and_trains(clone):
@@ -153,3 +163,17 @@ envs.mazes.DRAWINGS["zigzag_eval"] = envs.mazes.DRAWINGS["zigzag"].replace("#GGG
 assert envs.far_goals("point_zigzag") == "point_zigzag_eval"
 """
     run_in(clone, ["-c", check])
+
+
+def test_an_environment_of_ones_own_is_a_class_and_a_line(clone):
+    text = re.search(r"^## An environment of your own\n(.*?)^## ", (ROOT / "envs/README.md").read_text(), re.M | re.S)[
+        1
+    ]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    (line,) = re.findall(r"```\n(    \".*?)```", text, re.S)
+    assert code.count("\n") < 32
+    (clone / "envs/cart.py").write_text(code)
+    path = clone / "envs/__init__.py"
+    path.write_text(path.read_text().replace("IN_THE_OPEN = {\n", "IN_THE_OPEN = {\n" + line))
+    assert SHOWN in run_in(clone, [*command_in(text), *TINY.split()], "--run_dir", "run")
+    assert (clone / "run/rollout.html").exists()

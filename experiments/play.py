@@ -1,0 +1,105 @@
+"""Scores and films a trained agent, in its own environment or in another one with the same observations and actions.
+
+    python experiments/play.py RUN                                       128 fresh episodes, and a film
+    python experiments/play.py RUN --env point_u4_maze --episodes 1000
+    python experiments/play.py RUN --seed 3 --film films/third           another seed of the run; where the film goes
+
+Prints the means that the script's own evaluation gives, in episodes of the run's length. A run of crl.py can play every
+maze of its robot, one of cocoa.py the test tasks of every family of its robot.
+"""
+
+import argparse
+import importlib
+import json
+import shlex
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from envs import AchievementEnv, Env, GoalEnv, TaskFamily
+from shared import evaluation, pictures, run
+
+
+def play_goals(script, config, env: GoalEnv, agent, episodes: int, key, film: str) -> tuple[dict, str]:
+    policy, length = partial(script.policy, agent), config.episode_length
+    scores = jax.jit(partial(evaluation.evaluate, env, None, policy, episodes, length))(key)
+    states, _ = pictures.eight_episodes(env, None, policy, length, key)
+    return scores, env.render(states, film)
+
+
+def play_achievements(script, config, env: AchievementEnv, agent, episodes: int, key, film: str) -> tuple[dict, str]:
+    vector = env.vectorise(episodes, config.episode_length)
+    scores = jax.block_until_ready(jax.jit(partial(script.evaluate, config, vector))(agent, key))
+    states, done = jax.block_until_ready(jax.jit(partial(script.record_episodes, config, vector))(agent, key))
+    vector.close()
+    return scores, pictures.film_first_episodes(env, states, done, film)
+
+
+def play_tasks(script, config, family: TaskFamily, agent, episodes: int, key, film: str) -> tuple[dict, str]:
+    _, tasks = family.tasks(key, config.num_train_tasks, min(episodes, config.num_test_tasks))
+    tasks = jnp.tile(tasks, (-(-episodes // len(tasks)), 1))[:episodes]
+    scores = jax.jit(partial(script.evaluate, config, family))(agent, tasks, key)
+    z = jax.vmap(family.oracle)(tasks)
+    if config.context == "encoder":
+        z = jax.jit(partial(script.adapt, config, family))(agent, tasks, key)[1].mean
+    shown = slice(script.FILM_TASKS)
+    record = lambda start, z: script.play(config, family, agent, z, start, lambda before, *_: before)
+    states = jax.jit(record)(script.reset(family, tasks[shown], key), z[shown])
+    return scores, family.render(jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), states), film)
+
+
+PLAY = {GoalEnv: play_goals, AchievementEnv: play_achievements, TaskFamily: play_tasks}
+
+
+def load(folder: str, seed: int | None):
+    """The script that made a run, and what its `load` gives."""
+    try:
+        made = json.loads((Path(folder) / "config.json").read_text())
+        script = importlib.import_module(f"algorithms.{Path(shlex.split(made['command'])[1]).stem}")
+    except (OSError, ValueError, KeyError):
+        raise run.UserError(f"{folder} is not a run folder: it has no readable config.json") from None
+    except ImportError as error:
+        raise run.UserError(f"the script of {folder} is not in algorithms/: {error}") from None
+    return script, *script.load(folder, seed)
+
+
+def other_env(env: Env, name: str, options: str) -> Env:
+    """The environment of this name; UserError if an agent of `env` cannot act in it."""
+    kind = next(kind for kind in PLAY if isinstance(env, kind))
+    other = run.make_env(name, kind, options)
+    sizes = lambda env: [
+        np.shape(getattr(env, name, None)) or getattr(env, name, None)
+        for name in ("observation_size", "action_size", "num_actions", "goal_indices", "oracle_size")
+    ]
+    run.need(sizes(env) == sizes(other), f"{name} has other observations, actions or goals than {env.name}")
+    return other
+
+
+@run.command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--env", help="by default the run's")
+    parser.add_argument("--env_options", default="", help="options of --env")
+    parser.add_argument("--episodes", type=int, default=128)
+    parser.add_argument("--seed", type=int, help="by default the run's first")
+    parser.add_argument("--film", default="film", help="path without its ending")
+    flags = parser.parse_args(argv and argv[1:])
+    run.need(flags.episodes > 0, f"episodes is {flags.episodes}; it is at least 1")
+    script, config, env, agent = load(flags.run, flags.seed)
+    run.use_precision(config)
+    if flags.env:
+        env = other_env(env, flags.env, flags.env_options)
+    play = next(play for kind, play in PLAY.items() if isinstance(env, kind))
+    Path(flags.film).parent.mkdir(parents=True, exist_ok=True)
+    scores, film = play(script, config, env, agent, flags.episodes, jax.random.key(0), flags.film)
+    for name, score in scores.items():
+        print(f"{name.removeprefix('eval/'):24} {score:.4g}")
+    print(film)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Curves of runs, while they run or afterwards: a picture that is redrawn, and a table in the terminal.
+
+    python experiments/watch.py RUN...                              run folders, or folders that hold some
+    python experiments/watch.py --metric eval/far/success_any RUN...
+    python experiments/watch.py --once --picture mine.png RUN...    draw once, then end
+
+Runs of one script whose settings differ in seeds and budget only are one curve: the mean over all their seeds, with its
+95 % bootstrap interval, where each of them was evaluated. A seed counts once. Settings that differ between curves are
+their names, so a variant is compared with a baseline by naming the folders of both. It only reads the folders, and ends
+when all runs have ended.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+import figures
+from shared import run
+
+METRICS = ("eval/success_any", "eval/score", "eval/return_adapted")
+"""What is shown without --metric: the first one that the runs have."""
+NOT_COMPARED = ("seed", "num_seeds", "run_dir", "resume", "total_env_steps", "tensorboard", "wandb")
+"""Settings that may differ within a curve."""
+
+
+def find(paths: list[str]) -> list[Path]:
+    """The run folders among and below these; UserError where there is none."""
+    found = []
+    for path in map(Path, paths):
+        below = sorted(file.parent for file in path.rglob("config.json"))
+        run.need(len(below) > 0, f"{path} is no run folder and holds none: there is no config.json")
+        found += below
+    return found
+
+
+def group(folders: list[Path]) -> dict[str, list[Path]]:
+    """Name of a curve -> its runs."""
+    settings = {}
+    for folder in folders:
+        made = json.loads((folder / "config.json").read_text())
+        script = {"script": Path(made["command"].split()[1]).name}
+        settings[folder] = script | {k: v for k, v in made["config"].items() if k not in NOT_COMPARED}
+    names = dict.fromkeys(name for each in settings.values() for name in each)
+    differ = [name for name in names if len({str(each.get(name)) for each in settings.values()}) > 1]
+    curves = {}
+    for folder, each in settings.items():
+        name = ", ".join(f"{name}={each[name]}" for name in differ if name in each) or each["env"]
+        curves.setdefault(name, []).append(folder)
+    return curves
+
+
+def read(folders: list[Path], metric: str | None) -> tuple[str | None, dict[str, np.ndarray]]:
+    """The metric's name, and the evaluations (rows,) of all seeds of these runs, at steps where each seed has one."""
+    rows, seeds = [], set()
+    for folder in folders:
+        try:
+            columns = run.read_metrics(folder)
+        except (OSError, IndexError):  # it has just begun
+            columns = {}
+        metric = metric or next((name for name in METRICS if name in columns), None)
+        if columns:
+            run.need(metric in columns, f"{folder} has no metric {metric}; it has {', '.join(columns)}")
+            known = ~np.isnan(columns[metric]) & ~np.isin(columns["seed"], list(seeds))
+            rows.append([columns[name][known] for name in ("env_steps", "seed", metric)])
+            seeds |= set(columns["seed"])
+    env_steps, seed, values = map(np.concatenate, zip(*rows)) if rows else (np.zeros(0),) * 3
+    steps, counts = np.unique(env_steps, return_counts=True)
+    everyone = np.isin(env_steps, steps[counts == len(seeds)])
+    return metric, {"env_steps": env_steps[everyone], "seed": seed[everyone], metric: values[everyone]}
+
+
+def unfinished(folder: Path) -> bool:
+    total = json.loads((folder / "config.json").read_text())["config"]["total_env_steps"]
+    try:
+        return run.read_metrics(folder)["env_steps"].max() < total
+    except (OSError, IndexError):
+        return True
+
+
+def show(curves: dict[str, list[Path]], metric: str | None, picture: str) -> None:
+    """Draws the picture and prints the table."""
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    rows = []
+    for name, folders in curves.items():
+        metric, curve = read(folders, metric)
+        seeds, last = len(np.unique(curve["seed"])), "not evaluated by all seeds yet"
+        if seeds:
+            figures.plot(axis, curve, metric, f"{name} ({seeds} seed{'s' * (seeds > 1)})")
+            last = figures.entry(figures.last(curve, metric))
+        rows.append([name, f"{seeds}", f"{curve['env_steps'].max(initial=0):,.0f}", last])
+    axis.set(xlabel="environment steps", ylabel=metric)
+    axis.grid(alpha=0.3)
+    if axis.lines:
+        axis.legend(fontsize=8)
+    Path(picture).write_bytes(figures.png(figure))
+    print(figures.table(["run", "seeds", "environment steps", f"{metric}, last"], rows), picture, sep="\n", flush=True)
+
+
+@run.command
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--metric", help="a column of metrics.csv")
+    parser.add_argument("--picture", default="watch.png")
+    parser.add_argument("--every", type=float, default=10, help="seconds between pictures")
+    parser.add_argument("--once", action="store_true")
+    flags = parser.parse_args(argv and argv[1:])
+    while True:
+        folders = find(flags.runs)
+        show(group(folders), flags.metric, flags.picture)
+        if flags.once or not any(map(unfinished, folders)):
+            return
+        time.sleep(flags.every)
+
+
+if __name__ == "__main__":
+    main()
