@@ -21,6 +21,7 @@ import ast
 import contextlib
 import csv
 import dataclasses
+import datetime
 import fcntl
 import fnmatch
 import functools
@@ -748,8 +749,8 @@ class Run:
         """How far, how fast, how long to go, how well."""
         total, done = self.config.total_env_steps, self.steps["env_steps"]
         rate = (self._last_step[0] - self._first_step[0]) / (self._last_step[1] - self._first_step[1])
-        left = _clock((total - done) / rate)
-        text = f"{_short(done)} of {_short(total)} env steps  {rate:,.0f} steps/s  {left} left  {self._score}"
+        left = datetime.timedelta(seconds=int(max(total - done, 0) / rate))
+        text = f"{done:,} of {total:,} env steps  {rate:,.0f} steps/s  {left} left  {self._score}"
         self.progress.show(text.rstrip())
 
     def save(self, state) -> None:
@@ -1046,18 +1047,6 @@ def _write_atomically(path, data):
     partial = path.with_suffix(".partial")
     partial.write_bytes(data)
     partial.replace(path)
-
-
-def _short(n):
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= 0.9995 * size:
-            return f"{n / size:.3g}{unit}"
-    return str(n)
-
-
-def _clock(seconds):
-    minutes, seconds = divmod(int(max(seconds, 0)), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
 class _TensorBoard:
