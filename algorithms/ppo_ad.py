@@ -832,7 +832,7 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
     state = log.restore(shapes)
     # donates nothing, so that the state outlives an environment that fails
     collect_rollout = log.compile("collect", partial(collect, config, vector), shapes)
-    learn_rollout = log.compile("learn", partial(learn, config), shapes, *collect_rollout.out_info, donate=True)
+    learn_rollout = log.compile("learn", partial(learn, config), shapes, *collect_rollout.output, donate=True)
     score = log.compile("evaluate", partial(evaluate, config, eval_vector), shapes.agent, log.seeds)
     if auxiliary_losses(config):
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)

@@ -140,8 +140,8 @@ class CrafterPool(VectorEnv):
             terminated=zeros(dtype=bool),
             achievements=zeros(len(self.env.achievement_names), dtype=bool),
         )
-        keys, count = jax.random.split(key, self.num_envs), zeros(dtype=jnp.int32)
-        return VectorState(env, steps=count, key=keys, first=None, broken=count)
+        steps, broken = zeros(dtype=jnp.int32), zeros(dtype=jnp.int32)  # not one buffer, for both may be donated
+        return VectorState(env, steps, jax.random.split(key, self.num_envs), None, broken)
 
     def step(
         self, state: VectorState, action: Int[Array, " num_envs"]

@@ -426,6 +426,17 @@ class Scores(NamedTuple):
     """Metric -> label, first the one that the progress line shows; a run may lack some of them."""
 
 
+class Program(NamedTuple):
+    """A compiled function of all seeds."""
+
+    compiled: jax.stages.Compiled
+    output: typing.Any
+    """Shapes of what it returns."""
+
+    def __call__(self, *args):
+        return self.compiled(*args)
+
+
 class Run:
     """A run folder and the bookkeeping of the loop that fills it.
 
@@ -543,28 +554,29 @@ class Run:
         """
         return jax.jit(over_seeds(self.config.num_seeds, function), donate_argnums=(0,) if donate else ())
 
-    def compile(self, name: str, function, *shapes, donate: bool = False) -> jax.stages.Compiled:
+    def compile(self, name: str, function, *shapes, donate: bool = False) -> Program:
         """Compiles a function of one seed for arguments of all seeds.
 
         A dict among its results holds metrics; their names become columns of metrics.csv.
         """
         program = self.compile_jitted(name, self.over_seeds(function, donate), *shapes)
-        for result in program.out_info if type(program.out_info) is tuple else [program.out_info]:
+        for result in program.output if type(program.output) is tuple else [program.output]:
             self.columns += result if isinstance(result, dict) else []
         return program
 
-    def compile_jitted(self, name: str, jitted, *shapes) -> jax.stages.Compiled:
+    def compile_jitted(self, name: str, jitted, *shapes) -> Program:
         """Compiles a jitted function as it is; prints how long that took and its memory."""
         self.exit_if_stopping()
         self.progress.show(f"compiling {name}")
         start = time.monotonic()
-        compiled = jitted.lower(*shapes).compile()
+        lowered = jitted.lower(*shapes)
+        compiled = lowered.compile()
         seconds = time.monotonic() - start
         self.compile_seconds += seconds
         memory = compiled.memory_analysis()
         held, temporary = (getattr(memory, f"{kind}_size_in_bytes", 0) / 1e6 for kind in ("argument", "temp"))
         self.print(f"compiled {name} in {seconds:.1f} s; memory {held:.0f} MB held, {temporary:.0f} MB temporary")
-        return compiled
+        return Program(compiled, lowered.out_info)
 
     def describe(self, *lines: str, **networks) -> None:
         """The start-up report: folder, recipe, these lines, parameters of the networks of one seed, device."""
@@ -894,8 +906,8 @@ def _open_folder(config, algorithm, recipes) -> Path:
     folder = Path(config.resume or config.run_dir).expanduser()
     if not (config.resume or config.run_dir):
         told = [f"{name}={value}" for name, value in _changed(config, recipes).items() if name not in UNTOLD]
-        name = "-".join([*told, f"seed={config.seed}", time.strftime("%Y%m%d-%H%M%S")])
-        wanted = Path("runs", algorithm, config.env, re.sub(r"[^\w.=+-]", "_", name)[-200:])
+        told = re.sub(r"[^\w.=+-]", "_", "".join(f"{setting}-" for setting in told))[:150]
+        wanted = Path("runs", algorithm, config.env, f"{told}seed={config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
         wanted.parent.mkdir(parents=True, exist_ok=True)
         for folder in itertools.chain([wanted], (Path(f"{wanted}-{i}") for i in itertools.count(2))):
             with contextlib.suppress(FileExistsError):

@@ -152,7 +152,7 @@ PEARL = ENCODER + 2 * NETWORK(9, 1) + NETWORK(7, 4) + NETWORK(7, 1)
 )
 def test_each_switch_changes_what_it_says(flag, what, parameters, present, absent, tmp_path, cache):
     flags = [*TINY, flag, "--total_env_steps=1300", f"--run_dir={tmp_path / 'run'}"]
-    out = SCRIPT.run(*flags, cwd=tmp_path, env=cache).stdout
+    out = SCRIPT.run(*flags, cwd=tmp_path, env=cache | {"JAX_DEBUG_NANS": "1"}).stdout
     assert re.search(f"^{what}", out, re.MULTILINE) and re.search(f"agent +{parameters:,} parameters", out)
     row = metrics(tmp_path / "run")[-1]
     assert row[present] and not any(name.startswith(absent) for name in row)

@@ -134,9 +134,9 @@ def test_a_run_whose_learning_rates_have_fallen_does_not_go_on(reference, tmp_pa
     ],
 )
 def test_settings_run_from_any_folder_with_finite_losses(flags, tmp_path, cache):
-    run_to_end(*TINY, "--total_env_steps=400", *flags, cwd=tmp_path, env=cache)
+    run_to_end(*TINY, "--total_env_steps=400", *flags, cwd=tmp_path, env=cache | {"JAX_DEBUG_NANS": "1"})
     (folder,) = (tmp_path / "runs" / "crl" / "point_u_maze").iterdir()
-    assert re.fullmatch(r"0-\d{8}-\d{6}", folder.name)
+    assert re.fullmatch(r"total_env_steps=400-num_envs=\d+-.*seed=0-\d{8}-\d{6}", folder.name)
     assert all(abs(float(row["train/critic_loss"])) < 1e6 for row in metrics(folder))
 
 

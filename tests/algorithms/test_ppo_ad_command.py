@@ -111,7 +111,14 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(t
 
 def ablation(flag, tmp_path, cache):
     """What a run with one more flag says it is and how many parameters it has, and its last metrics."""
-    done = SCRIPT.run(*TINY, flag, "--total_env_steps=480", f"--run_dir={tmp_path / 'run'}", cwd=tmp_path, env=cache)
+    done = SCRIPT.run(
+        *TINY,
+        flag,
+        "--total_env_steps=480",
+        f"--run_dir={tmp_path / 'run'}",
+        cwd=tmp_path,
+        env=cache | {"JAX_DEBUG_NANS": "1"},
+    )
     what, parameters, *_ = [line for line in done.stdout.splitlines() if re.search("PPO|parameters", line)]
     return what, int(parameters.split()[1].replace(",", "")), metrics(tmp_path / "run")[-1]
 
