@@ -85,10 +85,8 @@ def command(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        if None in (
-            sys.stdout,
-            sys.stderr,
-        ):  # closed by the caller: else the next file that is opened takes their place
+        if None in (sys.stdout, sys.stderr):
+            # the caller closed them: else the next file that is opened takes their place
             while os.open(os.devnull, os.O_RDWR) < 2:
                 pass
             sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
@@ -483,7 +481,8 @@ class Run:
         self.progress = Progress()
 
     def __enter__(self):
-        signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+        hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]  # nohup ignores it
+        signals = signal.SIGINT, signal.SIGTERM, *hangup
         self._handlers = {number: signal.signal(number, self._on_signal) for number in signals}
         return self
 
@@ -499,9 +498,8 @@ class Run:
             vector.close()
         if failures and isinstance(error, RuntimeError):
             raise UserError(f"{failures[0]}; to go on from the last checkpoint: --resume {self.folder}") from None
-        if isinstance(error, jax.errors.JaxRuntimeError) and re.search(
-            "resource_exhausted|out of memory", f"{error}", re.I
-        ):
+        full = re.search("RESOURCE_EXHAUSTED|Out of memory", str(error))
+        if full and isinstance(error, jax.errors.JaxRuntimeError):
             less = "fewer --num_seeds or --num_envs, a smaller batch or replay need less"
             raise UserError(f"out of memory on {device_name()}; {less}") from None
         if not error and self._unwritten:
@@ -510,7 +508,8 @@ class Run:
     def _end(self, failed):
         """Gives the folder up; a run that failed before its first checkpoint leaves it as free as it was."""
         for sink in self._sinks:
-            sink.close()
+            with contextlib.suppress(Exception):  # of any kind that these packages have
+                sink.close()
         if failed and not self.config.resume and not _checkpoints(self.folder):
             for name in ("config.json", "lock"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -685,18 +684,14 @@ class Run:
           UserError: a metric `train/...loss` or a parameter of `state.agent` is NaN or infinite.
         """
         before, self.steps = self.steps, _count(state)
-        quotient = lambda sum, count: np.divide(
-            sum, count, where=np.asarray(count) > 0, out=np.full(np.shape(sum), np.nan)
-        )
-        metrics = {name: quotient(*x) if type(x) is tuple else np.asarray(x) for name, x in metrics.items()}
+        with np.errstate(invalid="ignore"):  # 0 / 0 is unknown: NaN
+            metrics = {name: np.divide(*x) if type(x) is tuple else np.asarray(x) for name, x in metrics.items()}
         self._check_finite(before, state, metrics)
         metrics = {name: x.mean(axis=1) if x.ndim > 1 else x for name, x in metrics.items()}
         broken = metrics.get("train/broken_steps", np.zeros(1)).sum()
         if broken > self._broken:
             what = f"the simulator of {self.config.env} failed in {broken - self._broken:.0f} steps (not finite)"
-            self.print(
-                f"{what} before env step {self.steps['env_steps']:,}; their episodes ended, and they are left out"
-            )
+            self.print(f"{what} before env step {self.steps['env_steps']:,}; nothing is learned from them")
             self._broken = broken
         self._write_row(metrics)
         shown = [f"{label} {metrics[name].mean():.4g}" for name, label in self.scores.curves.items() if name in metrics]
@@ -903,7 +898,7 @@ def _count(state) -> dict[str, int]:
 
 def _open_folder(config, algorithm, recipes) -> Path:
     """The folder of a run, a new one under a name that no other run has."""
-    folder = Path(config.resume or config.run_dir).expanduser()
+    folder = Path(config.resume or config.run_dir)
     if not (config.resume or config.run_dir):
         told = [f"{name}={value}" for name, value in _changed(config, recipes).items() if name not in UNTOLD]
         told = re.sub(r"[^\w.=+-]", "_", "".join(f"{setting}-" for setting in told))[:150]
@@ -1088,7 +1083,12 @@ class _Wandb:
 
         facts, project = json.loads((folder / "config.json").read_text()), os.environ.get("WANDB_PROJECT", "cleancrl")
         self._run = wandb.init(
-            project=project, dir=str(folder), config=facts["config"], id=facts["id"], name=folder.name, resume="allow"
+            project=project,
+            dir=str(folder),
+            config=facts["config"],
+            id=facts.get("id"),
+            name=folder.name,
+            resume="allow",
         )
 
     def write(self, step, metrics):

@@ -335,8 +335,7 @@ def test_failed_steps_of_a_simulator_are_said_once(tmp_path, capsys):
             chunks(log, before, after, **{"train/broken_steps": np.array([0, broken])})
     said = [line for line in capsys.readouterr().out.splitlines() if "failed in" in line]
     assert said == [
-        "the simulator of point_u_maze failed in 3 steps (not finite) before env step 40; "
-        "their episodes ended, and they are left out"
+        "the simulator of point_u_maze failed in 3 steps (not finite) before env step 40; nothing is learned from them"
     ]
 
 
@@ -361,6 +360,16 @@ def test_a_terminal_that_is_gone_or_knows_few_letters_is_no_error():
     letters = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     run.say(letters, "0 \u2212 1")
     assert letters.buffer.getvalue() == b"0 \\u2212 1"
+
+
+def test_nohup_keeps_a_run_going_at_the_end_of_the_terminal(tmp_path):
+    before = run.signal.signal(run.signal.SIGHUP, run.signal.SIG_IGN)
+    try:
+        with new_run(tmp_path / "r") as log:
+            os.kill(os.getpid(), run.signal.SIGHUP)
+            assert log.going(chunks(log, 0, 20)) and not log.stopping
+    finally:
+        run.signal.signal(run.signal.SIGHUP, before)
 
 
 def test_the_end_of_the_terminal_stops_a_run_after_its_chunk(tmp_path):
