@@ -247,6 +247,15 @@ def draw_trajectories() -> bytes:
     return saved(pictures.draw_trajectories, np.array(shown["tracks"]), shown["track_goals"], shown["sampled"])
 
 
+def draw_film() -> bytes:
+    """Eight episodes of the trained demo, the last four with sampled actions."""
+    shown = what_pictures_show()
+    tracks = np.array(shown["tracks"])
+    goals = np.repeat(np.array(shown["track_goals"])[:, None], tracks.shape[1], axis=1)
+    states = envs.GoalState(tracks, tracks, goals, reward=None, terminated=None)
+    return saved(lambda env, states, path: Path(env.render(states, str(path.with_suffix("")))), states)
+
+
 def what_pictures_show() -> dict:
     """What experiments/runs.py published of the run point_u_maze."""
     return json.loads((RESULTS / "point_u_maze.json").read_text())
@@ -418,6 +427,7 @@ DRAWN = {
     **{f"{name}.png": partial(draw_curves, name) for name in FIGURES},
     "point_u_maze_value_map.png": draw_value_map,
     "point_u_maze_trajectories.png": draw_trajectories,
+    "point_u_maze.gif": draw_film,
     "adaptation.png": draw_adaptation,
     "cocoa_choices.png": draw_cocoa_choices,
 }

@@ -868,7 +868,10 @@ def commit(script: str | Path | None = None) -> str:
     Pages and the data in results/ do not count: one measurement rewrites them before the next begins.
     """
     git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
-    data = (f":(top,exclude){kind}" for kind in ("*.md", "results/*.csv", "results/*.json", "results/*.png"))
+    data = (
+        f":(top,exclude){kind}"
+        for kind in ("*.md", "results/*.csv", "results/*.json", "results/*.png", "results/*.gif")
+    )
     try:
         head = git(["git", "rev-parse", "HEAD"], check=True).stdout.strip()
         changes = git(["git", "status", "--porcelain", "--untracked=no", ":(top)", *data], check=True).stdout
