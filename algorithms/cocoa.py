@@ -34,7 +34,7 @@ import optax
 from annotated_types import Ge, Interval
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from envs import TaskFamily, TaskState, intact
+from envs import TaskFamily, TaskState, intact, select
 from shared import pictures, run
 from shared import replay as buffer
 from shared.networks import MLP, SquashedGaussian
@@ -562,11 +562,6 @@ def reset(family: TaskFamily, tasks: Float[Array, "batch task"], key: Key[Array,
     return jax.vmap(family.with_task)(state, tasks)
 
 
-def select(condition: Bool[Array, " batch"], new, old):
-    """`new` in the entries of the leading axis where the condition holds, else `old`."""
-    return jax.tree.map(lambda a, b: jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
-
-
 def unroll(
     config: Config,
     family: TaskFamily,
@@ -589,14 +584,14 @@ def unroll(
         action_key, start_key, z_key = jax.random.split(key, 3)
         action, _ = policy(agent, state.observation, z).sample_and_log_prob(action_key)
         after, broken = intact(state, jax.vmap(family.step)(state, action))
-        ended = after.terminated | broken
+        ended = after.terminated
         transition = Transition(
             observation=state.observation,
             action=action,
             reward=after.reward,
             training_reward=jax.vmap(family.training_reward)(after),
             next_observation=after.observation,
-            terminated=after.terminated.astype(jnp.float32),
+            terminated=ended.astype(jnp.float32),
         )
         restart = lambda: (reset(family, tasks, start_key), sample_z(z_key))
         # a start may be as dear as a step, so it is skipped while no episode ends

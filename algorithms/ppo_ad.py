@@ -580,6 +580,7 @@ def learn(config: Config, state: TrainState, acting: Acting, steps: Step) -> tup
     value = state.normaliser.denormalise(jnp.concatenate([steps.value, last_value[None]]))
     advantage = advantages(steps.reward, value, steps.done, config)
     standard = (advantage - advantage.mean()) / (advantage.std(ddof=1) + 1e-8)
+    standard = jnp.where(advantage == 0, 0, standard)  # where the simulator failed
     steps = steps._replace(advantage=standard, returns=advantage + value[:-1])
 
     def one_pass(carry, key):

@@ -18,6 +18,7 @@ from envs.base import (
     VectorEnv,
     VectorState,
     intact,
+    select,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "make",
     "make_kind",
     "names",
+    "select",
 ]
 
 # Physics backends take seconds to import, so each robot's file is imported when the robot is made.

@@ -64,11 +64,17 @@ State = GoalState | AchievementState | TaskState
 
 def intact(before: State, after: State) -> tuple[State, Bool[Array, "*batch"]]:
     """A batch of states after a step, and where the simulator failed in it: an observation or reward is not finite.
-    There the state is again the one before the step, without a reward."""
+    There the state is again the one before the step, terminated and without a reward."""
     features = tuple(range(after.reward.ndim, after.observation.ndim))
     broken = ~(jnp.isfinite(after.reward) & jnp.isfinite(after.observation).all(axis=features))
-    stay = lambda old, new: jnp.where(broken.reshape(broken.shape + (1,) * (new.ndim - broken.ndim)), old, new)
-    return jax.tree.map(stay, before._replace(reward=jnp.zeros_like(after.reward)), after), broken
+    stopped = before._replace(reward=jnp.zeros_like(after.reward), terminated=jnp.ones_like(after.terminated))
+    return select(broken, stopped, after), broken
+
+
+def select(condition: Bool[Array, "*batch"], new, old):
+    """`new` in the entries of the leading axes where the condition holds, else `old`."""
+    entries = lambda x: condition.reshape(condition.shape + (1,) * (x.ndim - condition.ndim))
+    return jax.tree.map(lambda a, b: jnp.where(entries(a), a, b), new, old)
 
 
 def _in_float32(function):
@@ -316,7 +322,7 @@ class VectorEnv:
         """Steps every copy; an episode has ended where `after.terminated | truncated`.
 
         Where the simulator fails, `broken` of the new state is one higher than before, `after` is the state that was
-        acted in, and the episode is truncated. Such a step is nothing to learn from.
+        acted in, terminated. Such a step is nothing to learn from.
 
         Returns:
           state: to act in next, already reset where an episode has just ended.
@@ -325,7 +331,7 @@ class VectorEnv:
         """
         after, broken = intact(state.env, jax.vmap(self.env.step)(state.env, action))
         steps = state.steps + 1
-        truncated = (steps >= self.episode_length) & ~after.terminated | broken
+        truncated = (steps >= self.episode_length) & ~after.terminated
         broken = state.broken + broken
         ended = after.terminated | truncated
         if self.fresh_worlds < self.num_envs and self.goals == "resampled":
@@ -340,8 +346,11 @@ class VectorEnv:
 
         # resetting costs about a physics step, so it is skipped while no episode ends
         fresh, key = jax.lax.cond(ended.any(), restart, lambda key: (after, key), state.key)
-        env = jax.tree.map(lambda a, b: jnp.where(ended.reshape(-1, *[1] * (a.ndim - 1)), a, b), fresh, after)
-        return VectorState(env, jnp.where(ended, 0, steps), key, state.first, broken), after, truncated
+        return (
+            VectorState(select(ended, fresh, after), jnp.where(ended, 0, steps), key, state.first, broken),
+            after,
+            truncated,
+        )
 
     def restore(self, state: VectorState) -> None:
         """Prepares for going on from a saved state; environments in JAX need nothing."""

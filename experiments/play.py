@@ -4,11 +4,12 @@
     python experiments/play.py RUN --env point_u4_maze --episodes 1000
     python experiments/play.py RUN --seed 3 --film films/third           another seed of the run; where the film goes
 
-Prints the means that the script's own evaluation gives, in episodes of the run's length. A run of crl.py can play every
-maze of its robot, one of cocoa.py the test tasks of every family of its robot.
+Prints the means that the script's own evaluation gives, in episodes of the run's length. A run of crl.py can play in
+every maze of its robot. A run of cocoa.py adapts anew to 128 test tasks, in turns if the family has fewer.
 """
 
 import argparse
+import dataclasses
 import importlib
 import json
 import shlex
@@ -39,7 +40,8 @@ def play_achievements(script, config, env: AchievementEnv, agent, episodes: int,
 
 
 def play_tasks(script, config, family: TaskFamily, agent, episodes: int, key, film: str) -> tuple[dict, str]:
-    _, tasks = family.tasks(key, config.num_train_tasks, min(episodes, config.num_test_tasks))
+    _, tasks = family.tasks(key, family.num_train_tasks, family.num_test_tasks)
+    config = dataclasses.replace(config, eval_repeats=1)
     tasks = jnp.tile(tasks, (-(-episodes // len(tasks)), 1))[:episodes]
     scores = jax.jit(partial(script.evaluate, config, family))(agent, tasks, key)
     z = jax.vmap(family.oracle)(tasks)
@@ -89,6 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--film", default="film", help="path without its ending")
     flags = parser.parse_args(argv and argv[1:])
     run.need(flags.episodes > 0, f"episodes is {flags.episodes}; it is at least 1")
+    run.need(bool(flags.env) or not flags.env_options, "env_options belong to --env; name it too")
     script, config, env, agent = load(flags.run, flags.seed)
     run.use_precision(config)
     if flags.env:

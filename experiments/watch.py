@@ -5,12 +5,13 @@
     python experiments/watch.py --once --picture mine.png RUN...    draw once, then end
 
 Runs of one script whose settings differ in seeds and budget only are one curve: the mean over all their seeds, with its
-95 % bootstrap interval, where each of them was evaluated. A seed counts once. Settings that differ between curves are
-their names, so a variant is compared with a baseline by naming the folders of both. It only reads the folders, and ends
-when all runs have ended.
+95 % bootstrap interval, where each of them was evaluated. Of runs of one seed the one that came farthest counts.
+Settings that differ between curves are their names, so a variant is compared with a baseline by naming the folders of
+both. It changes nothing in the folders, and ends when no process is at work on them any more.
 """
 
 import argparse
+import fcntl
 import json
 import time
 from pathlib import Path
@@ -54,34 +55,40 @@ def group(folders: list[Path]) -> dict[str, list[Path]]:
 
 def read(folders: list[Path], metric: str | None) -> tuple[str | None, dict[str, np.ndarray]]:
     """The metric's name, and the evaluations (rows,) of all seeds of these runs, at steps where each seed has one."""
-    rows, seeds = [], set()
+    seeds = {}
     for folder in folders:
         try:
             columns = run.read_metrics(folder)
         except (OSError, IndexError):  # it has just begun
-            columns = {}
+            continue
         metric = metric or next((name for name in METRICS if name in columns), None)
-        if columns:
-            run.need(metric in columns, f"{folder} has no metric {metric}; it has {', '.join(columns)}")
-            known = ~np.isnan(columns[metric]) & ~np.isin(columns["seed"], list(seeds))
-            rows.append([columns[name][known] for name in ("env_steps", "seed", metric)])
-            seeds |= set(columns["seed"])
-    env_steps, seed, values = map(np.concatenate, zip(*rows)) if rows else (np.zeros(0),) * 3
-    steps, counts = np.unique(env_steps, return_counts=True)
+        run.need(metric in columns, f"{folder} has no metric {metric}; it has {', '.join(columns)}")
+        for seed in np.unique(columns["seed"]):
+            rows = np.stack([columns[name][columns["seed"] == seed] for name in ("env_steps", "seed", metric)])
+            seeds[seed] = max(seeds.get(seed, rows), rows, key=lambda rows: rows[0].max())
+    env_steps, seed, values = np.concatenate([*seeds.values(), np.zeros((3, 0))], axis=1)
+    steps, counts = np.unique(env_steps[~np.isnan(values)], return_counts=True)
     everyone = np.isin(env_steps, steps[counts == len(seeds)])
     return metric, {"env_steps": env_steps[everyone], "seed": seed[everyone], metric: values[everyone]}
 
 
-def unfinished(folder: Path) -> bool:
-    total = json.loads((folder / "config.json").read_text())["config"]["total_env_steps"]
+def going_on(folder: Path) -> bool:
+    """Whether a process holds the lock of a run folder."""
     try:
-        return run.read_metrics(folder)["env_steps"].max() < total
-    except (OSError, IndexError):
+        with (folder / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except OSError:  # no lock
+        pass
+    return False
 
 
 def show(curves: dict[str, list[Path]], metric: str | None, picture: str) -> None:
     """Draws the picture and prints the table."""
+    import matplotlib
+
+    matplotlib.use("agg")
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
@@ -113,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     while True:
         folders = find(flags.runs)
         show(group(folders), flags.metric, flags.picture)
-        if flags.once or not any(map(unfinished, folders)):
+        if flags.once or not any(map(going_on, folders)):
             return
         time.sleep(flags.every)
 

@@ -62,9 +62,7 @@ def play(
         distribution = policy(state.observation, state.goal)
         action = jnp.where(sampled[..., None], distribution.sample_and_log_prob(key)[0], distribution.mode())
         after, _ = envs.intact(state, step_all(state, action))
-        fell = state.terminated
-        stay = lambda old, new: jnp.where(fell.reshape(fell.shape + (1,) * (new.ndim - fell.ndim)), old, new)
-        state = jax.tree.map(stay, state, after)
+        state = envs.select(state.terminated, state, after)
         return state, record(state)
 
     return jax.lax.scan(step, start, jax.random.split(key, episode_length))[1]

@@ -85,11 +85,9 @@ def command(main):
 
     @functools.wraps(main)
     def wrapped(argv=None):
-        if None in (sys.stdout, sys.stderr):
-            # the caller closed them: else the next file that is opened takes their place
-            while os.open(os.devnull, os.O_RDWR) < 2:
-                pass
-            sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
+        # those that the caller closed: else the next file that is opened takes their place
+        streams = sys.stdin, sys.stdout, sys.stderr
+        sys.stdin, sys.stdout, sys.stderr = (x or open(os.devnull, "r+") for x in streams)  # noqa: SIM115
         try:
             return main(argv)
         except UserError as error:
@@ -442,7 +440,7 @@ class Run:
       folder: `config.json`, `metrics.csv`, `checkpoints/` and figures lie here.
       seeds: a random key for each seed, shape (num_seeds,).
       steps: step counts of the state that `going` or `end_chunk` saw last, first `env_steps`.
-      stopping: the signal by which Ctrl-C or SIGTERM asked the loop to end after its chunk; else None.
+      stopping: the signal by which Ctrl-C, SIGTERM or SIGHUP asked the loop to end after its chunk; else None.
       compile_seconds: spent compiling so far, over all sessions of the run.
       columns: metrics that have a column in metrics.csv.
 
@@ -497,16 +495,18 @@ class Run:
         for vector in self._vectors:
             vector.close()
         if failures and isinstance(error, RuntimeError):
-            raise UserError(f"{failures[0]}; to go on from the last checkpoint: --resume {self.folder}") from None
+            saved = _checkpoints(self.folder)
+            go_on = f"; to go on from the last checkpoint: --resume {self.folder}" if saved else ""
+            raise UserError(failures[0] + go_on) from None
         full = re.search("RESOURCE_EXHAUSTED|Out of memory", str(error))
         if full and isinstance(error, jax.errors.JaxRuntimeError):
             less = "fewer --num_seeds or --num_envs, a smaller batch or replay need less"
             raise UserError(f"out of memory on {device_name()}; {less}") from None
-        if not error and self._unwritten:
-            raise UserError(f"{self.folder / 'metrics.csv'} lacks its last rows: the disk is full")
+        if self._unwritten and (not error or isinstance(error, SystemExit)):
+            raise UserError(f"{self.folder / 'metrics.csv'} lacks its last rows, which could not be written")
 
     def _end(self, failed):
-        """Gives the folder up; a run that failed before its first checkpoint leaves it as free as it was."""
+        """Gives the folder up; a run that failed before its first checkpoint leaves its name free."""
         for sink in self._sinks:
             with contextlib.suppress(Exception):  # of any kind that these packages have
                 sink.close()
@@ -519,9 +519,9 @@ class Run:
         self._lock.close()
 
     def _on_signal(self, number, _):
-        if self.stopping:
+        if self.stopping and number != signal.SIGHUP:  # which both a shell and the kernel send
             raise KeyboardInterrupt  # asked twice: at once; the last checkpoint stays
-        self.stopping = signal.Signals(number)
+        self.stopping = self.stopping or signal.Signals(number)
         with contextlib.suppress(OSError):  # not through self.progress, whose lock the main thread may hold
             os.write(2, b"\nstopping after this compilation or chunk; once more to stop at once\n")
 
@@ -637,7 +637,7 @@ class Run:
     # -- the loop
 
     def going(self, state) -> bool:
-        """Whether there is another chunk to do. After Ctrl-C or SIGTERM: saves, says how to go on, and exits."""
+        """Whether there is another chunk to do. After Ctrl-C, SIGTERM or SIGHUP: saves, says how to go on, exits."""
         self.steps = _count(state)
         if self._first_step is None:  # after all compilation: speed is counted from here
             self._first_step = self._last_step = (self.steps["env_steps"], self.seconds)
@@ -649,9 +649,9 @@ class Run:
         return self.steps["env_steps"] < self.config.total_env_steps
 
     def exit_if_stopping(self) -> None:
-        """After Ctrl-C or SIGTERM: says how to go on, and exits. What was not saved before is lost."""
+        """After Ctrl-C, SIGTERM or SIGHUP: says how to go on, and exits. What was not saved before is lost."""
         if self.stopping:
-            number = signal.Signals(self.stopping)
+            number = self.stopping
             if _checkpoints(self.folder):
                 command = _typed(self.config, "--resume", str(self.folder))
                 self.print(f"{number.name}: stopped at env step {self.steps['env_steps']:,}. To go on: {command}")
@@ -690,8 +690,8 @@ class Run:
         metrics = {name: x.mean(axis=1) if x.ndim > 1 else x for name, x in metrics.items()}
         broken = metrics.get("train/broken_steps", np.zeros(1)).sum()
         if broken > self._broken:
-            what = f"the simulator of {self.config.env} failed in {broken - self._broken:.0f} steps (not finite)"
-            self.print(f"{what} before env step {self.steps['env_steps']:,}; nothing is learned from them")
+            where = f"{broken:.0f} steps until env step {self.steps['env_steps']:,} (not finite)"
+            self.print(f"the simulator of {self.config.env} failed in {where}; nothing is learned from them")
             self._broken = broken
         self._write_row(metrics)
         shown = [f"{label} {metrics[name].mean():.4g}" for name, label in self.scores.curves.items() if name in metrics]
@@ -732,17 +732,21 @@ class Run:
         times = (self.seconds, self.compile_seconds, (now[0] - last[0]) / (now[1] - last[1]))
         head = self.steps | {name: f"{time:.3f}" for name, time in zip(TIMING_COLUMNS, times)}
         path, text = self.folder / "metrics.csv", io.StringIO()
+        size = path.stat().st_size if path.exists() else 0
         writer = csv.DictWriter(text, ["seed", *head, *self.columns], lineterminator="\n")
-        if not self._unwritten and not (path.exists() and path.stat().st_size):
+        if not size and not self._unwritten:
             writer.writeheader()
         for i in range(self.config.num_seeds):
             row = {name: f"{float(values[i]):.9g}" for name, values in metrics.items()}
             writer.writerow({"seed": self.config.seed + i, **head, **row})
         self._unwritten += text.getvalue()
         try:
-            _append(path, self._unwritten)
+            with path.open("a") as file:
+                file.write(self._unwritten)
             self._unwritten = ""
         except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
             self.print(f"warning: cannot write {path}: {error}; these rows come with the next")
         means = {name: float(np.mean(x)) for name, x in metrics.items() if np.isfinite(x).all()}
         for sink in list(self._sinks):
@@ -1042,17 +1046,6 @@ def _read_state(file, like):
     return jax.tree.map(lambda raw, shape: jax.random.wrap_key_data(raw) if _is_key(shape) else raw, plain, like)
 
 
-def _append(path, text):
-    """Adds lines to a file, all or none."""
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("a") as file:
-            file.write(text)
-    except OSError:
-        os.truncate(path, size)
-        raise
-
-
 def _write_atomically(path, data):
     partial = path.with_suffix(".partial")
     partial.write_bytes(data)
@@ -1084,15 +1077,9 @@ class _Wandb:
     def __init__(self, config, folder):
         import wandb
 
-        facts, project = json.loads((folder / "config.json").read_text()), os.environ.get("WANDB_PROJECT", "cleancrl")
-        self._run = wandb.init(
-            project=project,
-            dir=str(folder),
-            config=facts["config"],
-            id=facts.get("id"),
-            name=folder.name,
-            resume="allow",
-        )
+        os.environ.setdefault("WANDB_PROJECT", "cleancrl")
+        facts = json.loads((folder / "config.json").read_text())
+        self._run = wandb.init(dir=str(folder), config=facts["config"], id=facts.get("id"), resume="allow")
 
     def write(self, step, metrics):
         self._run.log(metrics, step=step)

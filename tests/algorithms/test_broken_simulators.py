@@ -75,6 +75,8 @@ def test_ppo_ad_learns_nothing_from_a_failed_step():
     advantage = np.asarray(ppo_ad.advantages(steps.reward, value, steps.done, config))
     assert (np.asarray(steps.done) & (advantage == 0)).sum() == broken
     state, metrics = jax.jit(partial(ppo_ad.learn, config))(state, acting, steps)
+    learned = jax.tree.map(lambda x: np.asarray(x[:, : config.unroll_length]), state.window)
+    assert ((learned.advantage == 0) & learned.done).sum() == broken, "not moved by the mean of all"
     assert finite(state.agent) and metrics["train/broken_steps"] == broken
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import watch
+from shared import run
 
 
 def write(folder, rows, script="crl.py", **settings):
@@ -40,13 +41,16 @@ def test_a_mean_is_over_all_seeds_or_is_not_shown(runs):
     assert metric == "eval/success_any"
     assert curve["env_steps"].tolist() == [10] * 3 and sorted(curve[metric]) == [0.2, 0.4, 0.9]
     _, alone = watch.read([runs / "a"], metric)
-    np.testing.assert_array_equal(alone["env_steps"], [10, 10, 20, 20])
+    assert sorted(alone["env_steps"]) == [10, 10, 20, 20]
 
 
 def test_a_seed_that_was_run_twice_counts_once(runs):
+    """The run that came farthest: neither the copy of seed 0 nor the one that ended before its first evaluation."""
     write(runs / "again", [(0, 10, 1.0), (3, 10, 0.6)])
-    _, curve = watch.read([runs / "a", runs / "again"], None)
-    assert sorted(curve["eval/success_any"]) == [0.2, 0.4, 0.6]
+    write(runs / "aborted", [(1, 5, None)])
+    for folders in (["a", "again", "aborted"], ["aborted", "again", "a"]):
+        _, curve = watch.read([runs / name for name in folders], None)
+        assert sorted(curve["eval/success_any"]) == [0.2, 0.4, 0.6]
 
 
 def test_the_table_has_means_and_intervals_and_the_picture_is_drawn(runs, capsys):
@@ -62,11 +66,13 @@ def test_the_table_has_means_and_intervals_and_the_picture_is_drawn(runs, capsys
 
 
 def test_it_watches_until_all_runs_have_ended(runs, monkeypatch):
-    slept = []
+    """Run b goes on at first; a was killed and left its lock behind."""
+    slept, lock = [], run._lock(runs / "b")
+    run._lock(runs / "a").close()
 
     def sleep(seconds):
         slept.append(seconds)
-        (runs / "b/metrics.csv").write_text("seed,env_steps,eval/success_any\n2,20,0.9\n")
+        lock.close()
 
     monkeypatch.setattr(watch.time, "sleep", sleep)
     watch.main(["watch.py", "--every=3", f"--picture={runs}/p.png", str(runs)])

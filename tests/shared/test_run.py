@@ -152,7 +152,8 @@ CRL = str(Path(run.__file__).parent.parent / "algorithms/crl.py")
     [
         ("{python} {crl}", {"JAX_PLATFORMS": "cuda"}, 2, "error: JAX finds no device for JAX_PLATFORMS=cuda; .*\n"),
         ("{python} {crl} --depth 5 2>&-", {}, 2, ""),
-        ("{python} {crl} --depth 5 >&- 2>&1", {}, 2, ""),
+        ("{python} {crl} --depth 5 >&-", {}, 2, "error: depth is 5; it is a positive multiple of 4, e.g. 4\n"),
+        ("{python} {crl} --depth 5 <&- >&- 2>&-", {}, 2, ""),
         ("{python} -OO {crl} --help >/dev/null", {}, 0, ""),
     ],
 )
@@ -335,7 +336,7 @@ def test_failed_steps_of_a_simulator_are_said_once(tmp_path, capsys):
             chunks(log, before, after, **{"train/broken_steps": np.array([0, broken])})
     said = [line for line in capsys.readouterr().out.splitlines() if "failed in" in line]
     assert said == [
-        "the simulator of point_u_maze failed in 3 steps (not finite) before env step 40; nothing is learned from them"
+        "the simulator of point_u_maze failed in 3 steps until env step 40 (not finite); nothing is learned from them"
     ]
 
 
@@ -404,12 +405,9 @@ def test_rows_that_do_not_fit_the_disk_come_with_the_next_and_the_run_goes_on(tm
     assert restore(tmp_path / "r").env_steps[0] == 60
 
 
-def test_rows_that_are_lost_at_the_end_are_an_error(tmp_path, monkeypatch):
-    def full(path, text):
-        raise OSError("no space")
-
+def test_rows_that_are_lost_at_the_end_are_an_error(tmp_path):
     with pytest.raises(run.UserError, match=r"metrics.csv lacks its last rows"), new_run(tmp_path / "r") as log:
-        monkeypatch.setattr(run, "_append", full)
+        (tmp_path / "r/metrics.csv").mkdir()
         chunks(log, 0, 20)
 
 
@@ -468,7 +466,7 @@ class Logger:
 def test_weights_and_biases_know_a_run_by_an_id_of_its_own(tmp_path, monkeypatch):
     wandb = Logger()
     monkeypatch.setitem(run.sys.modules, "wandb", wandb)
-    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
     for name in "ab":
         with new_run(tmp_path / name, wandb=True) as log:
             chunks(log, 0, 20)
@@ -476,7 +474,10 @@ def test_weights_and_biases_know_a_run_by_an_id_of_its_own(tmp_path, monkeypatch
         pass
     first, other, again = (settings["id"] for settings in wandb.started)
     assert first == again != other and re.fullmatch("[0-9a-f]{16}", first)
-    assert {settings["project"] for settings in wandb.started} == {"mine"}
+    assert os.environ["WANDB_PROJECT"] == "cleancrl"
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    with resumed(tmp_path / "a", wandb=True):
+        assert os.environ["WANDB_PROJECT"] == "mine"
     assert [step for step, _ in wandb.logged] == [20, 20]
 
 
@@ -786,14 +787,19 @@ def test_a_program_of_one_seed_is_compiled_as_it_is_and_adds_no_columns(tmp_path
 
 @pytest.mark.parametrize(("failure", "error"), [("a worker died", run.UserError), (None, RuntimeError)])
 def test_environments_are_closed_and_their_failure_is_one_line(tmp_path, failure, error):
-    closed = []
-    vectors = [SimpleNamespace(failure=f, close=lambda f=f: closed.append(f)) for f in (None, failure)]
-    with (
-        pytest.raises(error, match="a worker died; to go on .*: --resume" if failure else "another fault"),
-        run.Run(Config(run_dir=str(tmp_path / "r")), "test", RECIPES, SCORES, vectors=vectors),
-    ):
-        raise RuntimeError("another fault")
-    assert closed == [None, failure]
+    for saved, said in ((False, "a worker died$"), (True, "a worker died; to go on .*: --resume")):
+        closed = []
+        vectors = [
+            SimpleNamespace(failure=f, close=lambda f=f, closed=closed: closed.append(f)) for f in (None, failure)
+        ]
+        with (
+            pytest.raises(error, match=said if failure else "another fault"),
+            run.Run(Config(run_dir=str(tmp_path / "r")), "test", RECIPES, SCORES, vectors=vectors) as log,
+        ):
+            if saved:
+                log.save(state_at(20))
+            raise RuntimeError("another fault")
+        assert closed == [None, failure]
 
 
 def test_a_missing_logger_is_named(tmp_path, monkeypatch):
