@@ -129,7 +129,7 @@ class RunConfig:
 
     seed: Annotated[int, Interval(ge=0, le=2_000_000_000)] = 0
     """First seed."""
-    num_seeds: Annotated[int, Interval(ge=1, le=10_000)] = 1
+    num_seeds: Count = 1
     """Number of seeds (seed, seed + 1, ...), trained side by side in one program."""
     env_options: str = ""
     """Options of the environment (envs/README.md): 'name=value,name=value'."""

@@ -373,7 +373,9 @@ def test_nohup_keeps_a_run_going_at_the_end_of_the_terminal(tmp_path):
         run.signal.signal(run.signal.SIGHUP, before)
 
 
-def test_the_end_of_the_terminal_stops_a_run_after_its_chunk(tmp_path):
+def test_the_end_of_the_terminal_stops_a_run_after_its_chunk(tmp_path, request):
+    before = run.signal.signal(run.signal.SIGHUP, run.signal.SIG_DFL)  # the tests may run under nohup
+    request.addfinalizer(lambda: run.signal.signal(run.signal.SIGHUP, before))
     with pytest.raises(SystemExit) as exit_, new_run(tmp_path / "r") as log:
         state = chunks(log, 0, 20)
         os.kill(os.getpid(), run.signal.SIGHUP)
