@@ -472,7 +472,8 @@ class Run:
                 self._end(failed=True)
                 raise
         except OSError as error:
-            raise UserError(f"cannot write run folder: {error}; choose a --run_dir") from None
+            folder = config.resume or config.run_dir or "runs"
+            raise UserError(f"cannot write run folder {folder}: {error.strerror}; choose a --run_dir") from None
         self._earlier_seconds, self._started = 0.0, time.monotonic()
         self._first_step = self._last_step = None
         self._saved_at = None
@@ -1089,8 +1090,8 @@ class _Wandb:
 
 
 def _sinks(config, folder):
-    for sink in (_TensorBoard, _Wandb):
-        if getattr(config, sink.name):
+    for wanted, sink in ((config.tensorboard, _TensorBoard), (config.wandb, _Wandb)):
+        if wanted:
             try:
                 yield sink(config, folder)
             except ImportError:
