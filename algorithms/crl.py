@@ -29,7 +29,7 @@ import optax
 from annotated_types import Ge, MultipleOf
 from jaxtyping import Array, Float, Int, Key
 
-from envs import GoalEnv, VectorEnv, VectorState
+from envs import GoalEnv, VectorEnv, VectorState, select
 from shared import evaluation, pictures, run
 from shared import replay as buffer
 from shared.networks import NetworkOptions, ResidualMLP, SquashedGaussian, over_batch
@@ -422,8 +422,7 @@ def collect(config: Config, env: GoalEnv, state: TrainState) -> TrainState:
             current = current._replace(env=jax.vmap(env.with_goal)(current.env, goal))
         transition = Transition(observation, action, env.achieved_goal(after.observation))
         # where the simulator failed, the row before is stored once more (zeros, if there was none)
-        broken = (current.broken > before.broken)[:, None]
-        transition = jax.tree.map(partial(jnp.where, broken), previous, transition)
+        transition = select(current.broken > before.broken, previous, transition)
         return (current, transition), (transition, after.terminated | truncated)
 
     keys = jax.random.split(unroll_key, config.unroll_length)

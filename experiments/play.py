@@ -68,14 +68,11 @@ def load(folder: str, seed: int | None):
     return script, *script.load(folder, seed)
 
 
-def other_env(env: Env, name: str, options: str) -> Env:
+def other_env(env: Env, kind: type[Env], name: str, options: str) -> Env:
     """The environment of this name; UserError if an agent of `env` cannot act in it."""
-    kind = next(kind for kind in PLAY if isinstance(env, kind))
     other = run.make_env(name, kind, options)
-    sizes = lambda env: [
-        np.shape(getattr(env, name, None)) or getattr(env, name, None)
-        for name in ("observation_size", "action_size", "num_actions", "goal_indices", "oracle_size")
-    ]
+    numbers = "observation_size", "action_size", "num_actions", "oracle_size"
+    sizes = lambda env: [len(getattr(env, "goal_indices", ())), *(getattr(env, name, None) for name in numbers)]
     run.need(sizes(env) == sizes(other), f"{name} has other observations, actions or goals than {env.name}")
     return other
 
@@ -94,9 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     run.need(bool(flags.env) or not flags.env_options, "env_options belong to --env; name it too")
     script, config, env, agent = load(flags.run, flags.seed)
     run.use_precision(config)
+    kind, play = next((kind, play) for kind, play in PLAY.items() if isinstance(env, kind))
     if flags.env:
-        env = other_env(env, flags.env, flags.env_options)
-    play = next(play for kind, play in PLAY.items() if isinstance(env, kind))
+        env = other_env(env, kind, flags.env, flags.env_options)
     Path(flags.film).parent.mkdir(parents=True, exist_ok=True)
     scores, film = play(script, config, env, agent, flags.episodes, jax.random.key(0), flags.film)
     for name, score in scores.items():
