@@ -64,7 +64,7 @@ def held_out_info_nce(config, family, agent, tasks):
     play = jax.jit(partial(cocoa.unroll, config, family))
     halves = []
     for seed in (1, 2):
-        transitions, _ = play(agent, prior, tasks, jax.random.key(seed))
+        transitions, *_ = play(agent, prior, tasks, jax.random.key(seed))
         context = cocoa.context_row(config, transitions)[:, : config.window]
         halves.append(jax.tree.map(np.asarray, cocoa.embed(agent.model.encoder, context)))
     (m1, v1), (m2, v2) = halves
