@@ -94,6 +94,12 @@ class Config(run.RunConfig):
     """Depth of the two critic encoders, if other than depth."""
     width: Count = 256
     """Units in each layer."""
+    norm: Literal["layer", "none"] = "layer"
+    """LayerNorm after each Dense, or nothing."""
+    activation: Literal["swish", "relu"] = "swish"
+    """Of each layer."""
+    residual: bool = True
+    """Add the input of each block of four layers to its output."""
     representation_size: Count = 64
     """Length of phi(s, a) and psi(g)."""
     energy: Literal["norm", "l2", "dot", "cosine"] = "norm"
@@ -199,7 +205,9 @@ class Agent(NamedTuple):
 
 def make_agent(config: Config, env: GoalEnv, key: Key[Array, ""]) -> Agent:
     actor_key, phi_key, psi_key = jax.random.split(key, 3)
-    options = NetworkOptions(config.remat, config.scan_unroll, config.dtype)
+    options = NetworkOptions(
+        config.remat, config.scan_unroll, config.dtype, config.norm, config.activation, config.residual
+    )
     state, action, goal = env.observation_size, env.action_size, len(env.goal_indices)
     critic_depth = config.critic_depth or config.depth
 

@@ -17,7 +17,7 @@ REMAT_POLICIES = {
 
 
 class NetworkOptions(NamedTuple):
-    """How a network is computed; none of these changes what it computes, beyond rounding."""
+    """Of a residual network: what its layers are, and how it is computed."""
 
     remat: str = "dots"
     """A key of `REMAT_POLICIES`."""
@@ -25,6 +25,12 @@ class NetworkOptions(NamedTuple):
     """Blocks per iteration of the scan over depth."""
     dtype: str = "float32"
     """Operands of the matrix products in the blocks; their sums, LayerNorm and the residual stream are float32."""
+    norm: str = "layer"
+    """What follows each Dense: 'layer' (LayerNorm, epsilon 1e-6, as in Flax) or 'none'."""
+    activation: str = "swish"
+    """A function of jax.nn, after the norm."""
+    residual: bool = True
+    """Whether the input of a block is added to its output."""
 
 
 DEFAULT_OPTIONS = NetworkOptions()
@@ -49,33 +55,37 @@ class Dense(eqx.Module):
 
 
 class Layer(eqx.Module):
-    """Dense, LayerNorm (epsilon 1e-6, as in Flax), swish."""
+    """Dense, norm, activation."""
 
     dense: Dense
-    norm: eqx.nn.LayerNorm
+    norm: eqx.nn.LayerNorm | eqx.nn.Identity
+    activation: str = eqx.field(static=True)
 
-    def __init__(self, in_size: int, width: int, key: Key[Array, ""], dtype: str = "float32"):
-        self.dense = Dense(in_size, width, key, dtype)
-        self.norm = eqx.nn.LayerNorm(width, eps=1e-6)
+    def __init__(self, in_size: int, width: int, key: Key[Array, ""], options: NetworkOptions):
+        self.dense = Dense(in_size, width, key, options.dtype)
+        self.norm = eqx.nn.LayerNorm(width, eps=1e-6) if options.norm == "layer" else eqx.nn.Identity()
+        self.activation = options.activation
 
     def __call__(self, x: Float[Array, " in"]) -> Float[Array, " width"]:
-        return jax.nn.swish(self.norm(self.dense(x)))
+        return getattr(jax.nn, self.activation)(self.norm(self.dense(x)))
 
 
 class Block(eqx.Module):
     """Four layers, and the block's input added after the fourth."""
 
     layers: Layer  # every leaf has a leading axis of 4, so that a loop over blocks fetches 4 arrays and not 16
+    residual: bool = eqx.field(static=True)
 
-    def __init__(self, width: int, key: Key[Array, ""], dtype: str = "float32"):
-        self.layers = eqx.filter_vmap(lambda k: Layer(width, width, k, dtype))(jax.random.split(key, 4))
+    def __init__(self, width: int, key: Key[Array, ""], options: NetworkOptions):
+        self.layers = eqx.filter_vmap(lambda k: Layer(width, width, k, options))(jax.random.split(key, 4))
+        self.residual = options.residual
 
     def __call__(self, x: Float[Array, " width"]) -> Float[Array, " width"]:
         y = x
         for i in range(4):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], self.layers)
             y = layer(y)
-        return x + y
+        return x + y if self.residual else y
 
 
 class ResidualMLP(eqx.Module):
@@ -106,8 +116,8 @@ class ResidualMLP(eqx.Module):
         if depth < 4 or depth % 4:
             raise ValueError(f"depth is {depth}; it is a positive multiple of 4, because a block has four layers")
         stem_key, block_key, head_key = jax.random.split(key, 3)
-        self.stem = Layer(in_size, width, stem_key)
-        self.blocks = eqx.filter_vmap(lambda k: Block(width, k, options.dtype))(jax.random.split(block_key, depth // 4))
+        self.stem = Layer(in_size, width, stem_key, options._replace(dtype="float32"))
+        self.blocks = eqx.filter_vmap(lambda k: Block(width, k, options))(jax.random.split(block_key, depth // 4))
         self.head = Dense(width, out_size, head_key)
         self.options = options
 

@@ -14,6 +14,7 @@ from scipy import stats
 from stubs import Sizes
 
 from algorithms import crl
+from shared import run
 from shared.networks import (
     ImpalaCNN,
     NetworkOptions,
@@ -34,7 +35,7 @@ def unrolled(network, x):
     return network.head(x)
 
 
-def numpy_forward(network, x):
+def numpy_forward(network, x, norm="layer", activation="swish", residual=True):
     """The network as the paper describes it, in float64 and without any of its code."""
 
     def array(leaf):
@@ -42,15 +43,16 @@ def numpy_forward(network, x):
 
     def layer(p, x, i=()):
         y = array(p.dense.weight)[i] @ x + array(p.dense.bias)[i]
-        y = (y - y.mean()) / np.sqrt(y.var() + 1e-6) * array(p.norm.weight)[i] + array(p.norm.bias)[i]
-        return y / (1 + np.exp(-y))
+        if norm == "layer":
+            y = (y - y.mean()) / np.sqrt(y.var() + 1e-6) * array(p.norm.weight)[i] + array(p.norm.bias)[i]
+        return y / (1 + np.exp(-y)) if activation == "swish" else np.maximum(y, 0)
 
     x = layer(network.stem, np.asarray(x, np.float64))
     for i in range(len(network.blocks.layers.dense.bias)):
         y = x
         for j in range(4):
             y = layer(network.blocks.layers, y, (i, j))
-        x = x + y
+        x = x + y if residual else y
     return array(network.head.weight) @ x + array(network.head.bias)
 
 
@@ -71,6 +73,19 @@ def make(depth, width=16, **options):
 def test_forward_equals_numpy(depth):
     network, x = make(depth), jnp.array([0.5, -1.2, 0.1, 2.0, -0.4])
     np.testing.assert_allclose(jax.jit(lambda x: network(x))(x), numpy_forward(network, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("flag", ["--norm=none", "--activation=relu", "--residual=false"])
+def test_the_ablations_of_the_paper_are_flags_of_the_block(flag):
+    def build(*flags):
+        config = run.configure(crl.Config, crl.RECIPES, None, ["crl.py", "--depth=8", "--width=16", *flags])
+        return config, crl.make_agent(config, Sizes(3, 1, 2), jax.random.key(0)).actor
+
+    config, network = build(flag)
+    x = jnp.array(np.random.default_rng(0).normal(size=5), jnp.float32)
+    ablated = {name: getattr(config, name) for name in ("norm", "activation", "residual")}
+    np.testing.assert_allclose(network(x), numpy_forward(network, x, **ablated), rtol=1e-4, atol=1e-5)
+    assert np.abs(network(x) - build()[1](x)).max() > 1e-2
 
 
 def squares(forward, network, x):
