@@ -154,18 +154,18 @@ def png(figure) -> bytes:
     from matplotlib import pyplot
 
     file = io.BytesIO()
-    figure.savefig(file, dpi=100, metadata={"Software": None})  # no version of matplotlib in the file
+    figure.savefig(file, dpi=130, metadata={"Software": None})  # no version of matplotlib in the file
     pyplot.close(figure)
     return file.getvalue()
 
 
 def draw_curves(name: str) -> bytes:
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     metrics, panels = FIGURES[name]
     shape = (len(metrics), len(panels)) if len(panels) > 1 else (1, len(metrics))
     figure, axes = pyplot.subplots(
-        *shape, figsize=(max(3.3 * shape[1], 10), 3.4 * shape[0]), squeeze=False, sharey=len(panels) > 1,
+        *shape, figsize=(max(2.4 * shape[1], 9), 2.8 * shape[0]), squeeze=False, sharey=len(panels) > 1,
         layout="constrained",
     )  # fmt: skip
     spots = iter(axes.flat)
@@ -174,13 +174,17 @@ def draw_curves(name: str) -> bytes:
             axis = next(spots)
             for label, file in curves.items():
                 plot(axis, read(file), metric, label)
-            axis.set_title(f"{panel}: {title}" if len(panels) > 1 else title, fontsize=9)
-            axis.set(xlabel="environment steps", ylim=(0, None))
-            axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+            axis.set(title=panel if len(panels) > 1 else title, xlabel="environment steps", ylim=(0, None))
+            axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
             axis.grid(alpha=0.3)
-    distinct = len({tuple(curves) for curves in panels.values()})
-    for axis in axes[0, :distinct] if distinct > 1 else axes[0, :1]:
-        axis.legend(fontsize=7)
+    if len(panels) > 1:
+        for row, title in zip(axes, metrics.values()):
+            row[0].set_ylabel(title.replace(", ", ",\n"))
+    if len({tuple(curves) for curves in panels.values()}) == 1:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    else:
+        for axis in axes[-1]:
+            axis.legend(fontsize=7)
     return png(figure)
 
 
