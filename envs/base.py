@@ -8,7 +8,7 @@ environment.
 import abc
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -143,18 +143,23 @@ class GoalEnv(Env):
         """In a maze: the robot at rest at x, y, with a goal at x, y."""
         raise NotImplementedError(f"{self.name} has no maze")
 
-    def render(self, states: GoalState, stem: str) -> str:
-        """A picture of each entry of the achieved goals over time, and of the commanded ones (dotted)."""
+    def render(self, states: GoalState, stem: str, labels: Sequence[str] = ()) -> str:
+        """A picture of each entry of the achieved goals over time, and of the commanded ones (dotted).
+
+        `labels` say what each episode is.
+        """
         from matplotlib.figure import Figure  # envs run without matplotlib
 
         achieved = np.asarray(self.achieved_goal(jnp.asarray(states.observation)))
         figure = Figure(layout="constrained")
         axes = figure.subplots(achieved.shape[-1], sharex=True, squeeze=False)[:, 0]
         for i, axis in enumerate(axes):
-            for track, goal in zip(achieved[..., i], np.asarray(states.goal)[..., i]):
-                (line,) = axis.plot(track)
+            lines = axis.plot(achieved[..., i].T)
+            for line, goal in zip(lines, np.asarray(states.goal)[..., i]):
                 axis.plot(goal, ":", color=line.get_color())
             axis.set_ylabel(f"goal entry {i}")
+        if labels:
+            axes[0].legend(lines, labels)
         axes[-1].set_xlabel("step")
         figure.savefig(f"{stem}.png")
         return f"{stem}.png"

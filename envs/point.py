@@ -4,6 +4,8 @@ In a maze the robot is a disc of radius 0.2 in corridors one unit wide. An actio
 step along each axis; walls push it out along their normal, so it slides along them. Observation: x, y. Goal: x, y.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,9 +56,14 @@ class PointMaze(GoalEnv):
                 position = _push_out(position, jnp.asarray(self._walls))
         return self.rewarded(self.place(position, state.goal))
 
-    def render(self, states: GoalState, stem: str) -> str:
-        """A GIF of all episodes side by side in one maze: the robots, their trails and their goals (crosses)."""
-        return _film(states.physics, states.goal, stem, ROBOT_RADIUS, lambda axes: mazes.draw(self.maze, axes))
+    def render(self, states: GoalState, stem: str, labels: Sequence[str] = ()) -> str:
+        """A GIF of all episodes side by side in one maze: the robots, their trails and their goals (crosses). It ends
+        soon after the last robot that reaches its goal has reached it."""
+        path, goal = np.asarray(states.physics), np.asarray(states.goal)
+        at_goal = np.linalg.norm(path - goal, axis=-1) < self.success_radius
+        arrivals = at_goal.argmax(axis=1)[at_goal.any(axis=1)]
+        end = arrivals.max() + 5 if len(arrivals) else None
+        return _film(path[:, :end], goal[:, :end], stem, ROBOT_RADIUS, lambda axes: mazes.draw(self.maze, axes), labels)
 
 
 class PointGoal(TaskFamily):
@@ -135,6 +142,7 @@ def _film(
     stem: str,
     radius: float,
     draw_background,
+    labels: Sequence[str] = (),
 ) -> str:
     import matplotlib
 
@@ -148,13 +156,20 @@ def _film(
     axes.scatter(*goals.T, c=colours, marker="x", s=60)
     trails = [axes.plot([], [], color=c, alpha=0.5)[0] for c in colours]
     robots = [axes.add_patch(pyplot.Circle((0, 0), radius, color=c)) for c in colours]
+    kinds = list(dict.fromkeys(labels))  # the second is drawn hollow
+    for robot, label in zip(robots, labels):
+        robot.set_fill(label == kinds[0])
+    handles = [pyplot.Line2D([], [], color="grey", marker="o", ls="", fillstyle=f) for f in ("full", "none")]
+    cross = pyplot.Line2D([], [], color="grey", marker="x", ls="")
+    axes.legend([cross, *handles], ["goal", *kinds], fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 
     def frame(t):
         for p, trail, robot in zip(path, trails, robots):
             trail.set_data(*p[: t + 1].T)
             robot.center = p[t]
 
-    film = animation.FuncAnimation(figure, frame, range(0, path.shape[1], 2))
+    last = path.shape[1] - 1
+    film = animation.FuncAnimation(figure, frame, [*range(last), *[last] * 10])
     film.save(f"{stem}.gif", animation.PillowWriter(fps=12))
     pyplot.close(figure)
     return f"{stem}.gif"

@@ -1,6 +1,7 @@
 """Robots made of rigid bodies: what all of them share, whatever steps their physics."""
 
 import abc
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import ArrayLike, Float
@@ -25,8 +26,8 @@ class Robot(Env):
         """Where the goal is seen in the world; task families say where the task is."""
         return in_space(states.goal)
 
-    def render(self, states: State, stem: str) -> str:
-        """An HTML page that shows the episodes in 3-D, in any browser, offline."""
+    def render(self, states: State, stem: str, labels: Sequence[str] = ()) -> str:
+        """An HTML page that shows the episodes in 3-D, in any browser, offline. `labels` say what each episode is."""
         positions, rotations = self.poses(states)
         viewer.save(
             f"{stem}.html",
@@ -37,6 +38,7 @@ class Robot(Env):
             seconds_per_frame=self.control_step,
             title=self.name,
             marker_radius=self.marker_radius,
+            labels=labels,
         )
         return f"{stem}.html"
 

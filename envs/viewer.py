@@ -8,6 +8,7 @@ In brax, link i is MuJoCo's body i + 1, so a geom's shape has `link=geom_bodyid 
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ def save(
     seconds_per_frame: float = 0.05,
     title: str = "",
     marker_radius: float | None = None,
+    labels: Sequence[str] = (),
 ) -> None:
     """Writes the viewer to `path`.
 
@@ -58,6 +60,7 @@ def save(
       seconds_per_frame: simulated time from one frame to the next.
       title: shown beside the controls and as the page's title.
       marker_radius: of the red ball, in metres; None takes 0.3 times the reach of the robot.
+      labels: what each episode is, beside its number.
 
     ValueError in one line if the arrays or a shape do not fit together.
     """
@@ -80,6 +83,7 @@ def save(
 
     scene = {
         "title": title,
+        "labels": [*labels],
         "secondsPerFrame": float(seconds_per_frame),
         "episodes": episodes,
         "frames": frames,

@@ -51,7 +51,8 @@ def draw_goal_reaching(
     log.progress.show("playing eight episodes")
     key = run.evaluation_key(jax.random.key(log.config.seed))
     states, sampled = eight_episodes(env, far_env, policy, episode_length, key)
-    log.draw("policy", env.render, states, str(log.folder / "rollout"))
+    labels = ["sampled actions" if each else "mean actions" for each in sampled]
+    log.draw("policy", env.render, states, str(log.folder / "rollout"), labels)
     if env.maze:
         tracks = np.asarray(env.achieved_goal(jnp.asarray(states.observation)))[..., :2]
         path = log.folder / "trajectories.png"

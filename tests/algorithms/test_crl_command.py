@@ -158,6 +158,7 @@ def test_ant_humanoid_and_arm_train_evaluate_and_render(flags, tmp_path, cache):
     assert not maze or float(rows[-1]["eval/far/distance"]) > 0.5
     page = (folder / "rollout.html").read_text()
     assert "webgl" in page.lower() and "http" not in page.replace("http://www.w3.org", "")
+    assert page.count("sampled actions") == 4
     assert (folder / "value_map.png").exists() == maze
 
 

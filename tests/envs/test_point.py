@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 import envs
@@ -169,6 +170,22 @@ def test_reward_is_of_the_position_after_the_step():
     start = goal - (0, env.success_radius + point.SPEED / 2)
     states = rollout(env, [start], [[(0, 1), (0, -1)]], goal)
     np.testing.assert_array_equal(states.reward[0], [1, 0])
+
+
+def test_a_film_ends_soon_after_the_last_robot_that_arrives(tmp_path):
+    env = envs.make("point_u_maze")
+    up, still = [(0, 1)] * 60, [(0, 0)] * 60
+    states = rollout(env, [(1, 1), (1, 2), (1, 1)], [up, still, still], goal=(1.0, 2.0))
+    assert states.reward[0].argmax() == 2 and not states.reward[2].any()
+    path = env.render(states, str(tmp_path / "film"), ("mean actions", "mean actions", "sampled actions"))
+    with Image.open(path) as film:
+        assert film.info["duration"] > 0 and 5 < film.n_frames < 20
+        film.seek(film.n_frames - 1)
+        last = np.asarray(film.convert("RGB")).astype(int)
+    # the first two are there, filled, and the third, hollow, is where it was
+    assert (np.abs(last - (31, 119, 180)).sum(axis=-1) < 30).sum() > 50
+    green = np.abs(last - (44, 160, 44)).sum(axis=-1) < 60
+    assert 5 < green.sum() < 100
 
 
 def test_sizes_are_as_declared():

@@ -46,6 +46,12 @@ def test_page_holds_the_trajectories(scene_of):
     assert scene["markers"] == "" and scene["markerRadius"] is None
 
 
+def test_episodes_are_told_apart_by_labels(scene_of):
+    labels = ["mean actions", "sampled actions"]
+    assert scene_of([BALL], POSITIONS, ROTATIONS, labels=labels)["labels"] == labels
+    assert scene_of([BALL], POSITIONS, ROTATIONS)["labels"] == []
+
+
 def test_markers_may_move(scene_of):
     moving, still = POSITIONS[:, :, 0], POSITIONS[:, 0, 0]
     scene = scene_of([BALL], POSITIONS, ROTATIONS, moving, marker_radius=0.03)
