@@ -476,7 +476,7 @@ class Run:
             raise UserError(f"cannot write run folder {folder}: {error.strerror}; choose a --run_dir") from None
         self._earlier_seconds, self._started = 0.0, time.monotonic()
         self._first_step = self._last_step = None
-        self._saved_at = None
+        self._saved_at, self._told = None, datetime.timedelta()
         self.progress = Progress()
 
     def __enter__(self):
@@ -761,7 +761,10 @@ class Run:
         """How far, how fast, how long to go, how well."""
         total, done = self.config.total_env_steps, self.steps["env_steps"]
         rate = (self._last_step[0] - self._first_step[0]) / (self._last_step[1] - self._first_step[1])
-        left = datetime.timedelta(seconds=int(max(total - done, 0) / rate))
+        left, whole = (datetime.timedelta(seconds=int(max(total - x, 0) / rate)) for x in (done, self._first_step[0]))
+        if not self._told / 1.5 <= whole <= self._told * 1.5:
+            self.print(f"about {left} to go")
+            self._told = whole
         text = f"{done:,} of {total:,} env steps  {rate:,.0f} steps/s  {left} left  {self._score}"
         self.progress.show(text.rstrip())
 
@@ -824,7 +827,7 @@ def load_agent(make_agent, folder, config, seed: int | None = None):
         raise UserError(f"seed is {seed}; {folder} has {config.num_seeds} seed(s) from {config.seed} on")
     like = jax.eval_shape(jax.vmap(make_agent), _seed_keys(config))
     for path in _checkpoints(folder):
-        with path.open("rb") as file:
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # a run deletes its older ones
             if _intact_header(file):
                 return one_seed(_read_state(file, like), index)
     raise UserError(f"{folder} has no intact checkpoint; a run saves its first before its first gradient step")

@@ -748,6 +748,35 @@ def test_loading_an_agent_only_reads(folder):
     assert set(contents(folder)) == set(before)
 
 
+def test_a_run_that_is_going_on_is_loaded_and_not_touched(tmp_path, monkeypatch):
+    folder, make_agent = tmp_path / "r", lambda key: jnp.zeros(5)
+    with new_run(folder, checkpoint_every=20) as log:
+        chunks(log, 0, 20, 40)
+        before = contents(folder)
+        config = run.load_config(Config, folder)
+        np.testing.assert_array_equal(run.load_agent(make_agent, folder, config), state_at(40).agent[0])
+        assert contents(folder) == before
+        chunks(log, 40, 60, 80)  # the lock, the rows and the checkpoints are still its own
+        listed = run._checkpoints(folder)
+        chunks(log, 80, 100)
+        monkeypatch.setattr(run, "_checkpoints", lambda _: listed[::-1])  # as listed before the run deleted one
+        np.testing.assert_array_equal(run.load_agent(make_agent, folder, config), state_at(80).agent[0])
+    assert run.read_metrics(folder)["env_steps"].tolist() == np.repeat([20, 40, 60, 80, 100], 2).tolist()
+
+
+def test_the_time_that_a_run_takes_is_said_at_its_start_and_when_that_changes(tmp_path, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(run.Run, "seconds", property(lambda _: clock[0]))
+    with new_run(tmp_path / "r", total_env_steps=100) as log:
+        state = state_at(0)
+        for env_steps, seconds in ((20, 10), (40, 21), (60, 100), (80, 110), (100, 120)):
+            assert log.going(state)
+            clock[0], state = seconds, state_at(env_steps)
+            log.end_chunk(state, {})
+    said = re.findall(r"^about .*", capsys.readouterr().out, re.M)
+    assert said == ["about 0:00:40 to go", "about 0:01:06 to go"]
+
+
 def test_loading_says_what_there_is_not(folder, tmp_path):
     config = run.load_config(Config, folder)
     with pytest.raises(run.UserError, match=r"seed is 2; .* has 2 seed\(s\) from 0 on"):
