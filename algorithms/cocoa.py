@@ -827,10 +827,15 @@ def draw(config: Config, family: TaskFamily, agent: Agent, tasks: Float[Array, "
         shown = posterior.mean, np.tile(oracle, (repeats, 1)), config.env, log.folder / "embedding.png"
         log.draw("embedding", pictures.draw_embedding, *shown)
         z = posterior.sample(z_key)[: len(tasks)]
-    start = reset(family, tasks[:FILM_TASKS], start_key)
-    film = jax.jit(lambda start, z: play(config, family, agent, z, start, lambda before, *_: before))
-    states = jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), film(start, z[:FILM_TASKS]))
-    log.draw("adapted agent", family.render, states, str(log.folder / "rollout"))
+    log.draw("adapted agent", film, config, family, agent, z, tasks, start_key, str(log.folder / "rollout"))
+
+
+def film(config, family: TaskFamily, agent: Agent, z, tasks, key, stem: str) -> str:
+    """Draws an episode in each of the first tasks, with mean actions: the path."""
+    start = reset(family, tasks[:FILM_TASKS], key)
+    record = jax.jit(lambda start, z: play(config, family, agent, z, start, lambda before, *_: before))
+    states = record(start, z[:FILM_TASKS])
+    return family.render(jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), states), stem)
 
 
 def load(folder: str | Path, seed: int | None = None) -> tuple[Config, TaskFamily, Agent]:

@@ -161,7 +161,14 @@ def _film(
         robot.set_fill(label == kinds[0])
     handles = [pyplot.Line2D([], [], color="grey", marker="o", ls="", fillstyle=f) for f in ("full", "none")]
     cross = pyplot.Line2D([], [], color="grey", marker="x", ls="")
-    axes.legend([cross, *handles], ["goal", *kinds], fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+    axes.legend(
+        [cross, *handles[: len(kinds)]],
+        ["goal", *kinds],
+        fontsize=7,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1),
+        ncols=3,
+    )
 
     def frame(t):
         for p, trail, robot in zip(path, trails, robots):

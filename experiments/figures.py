@@ -257,8 +257,8 @@ def draw_film() -> bytes:
     tracks = np.array(shown["tracks"])
     goals = np.repeat(np.array(shown["track_goals"])[:, None], tracks.shape[1], axis=1)
     states = envs.GoalState(tracks, tracks, goals, reward=None, terminated=None)
-    labels = ["sampled actions" if each else "mean actions" for each in shown["sampled"]]
-    return saved(lambda env, states, path: Path(env.render(states, str(path.with_suffix("")), labels)), states)
+    sampled = np.array(shown["sampled"])
+    return saved(lambda env, path: Path(pictures.film(env, states, sampled, str(path.with_suffix("")))))
 
 
 def what_pictures_show() -> dict:

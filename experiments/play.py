@@ -18,7 +18,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from envs import AchievementEnv, Env, GoalEnv, TaskFamily
 from shared import evaluation, pictures, run
@@ -27,8 +26,7 @@ from shared import evaluation, pictures, run
 def play_goals(script, config, env: GoalEnv, agent, episodes: int, key, film: str) -> tuple[dict, str]:
     policy, length = partial(script.policy, agent), config.episode_length
     scores = jax.jit(partial(evaluation.evaluate, env, None, policy, episodes, length))(key)
-    states, _ = pictures.eight_episodes(env, None, policy, length, key)
-    return scores, env.render(states, film)
+    return scores, pictures.film(env, *pictures.eight_episodes(env, None, policy, length, key), film)
 
 
 def play_achievements(script, config, env: AchievementEnv, agent, episodes: int, key, film: str) -> tuple[dict, str]:
@@ -47,10 +45,7 @@ def play_tasks(script, config, family: TaskFamily, agent, episodes: int, key, fi
     z = jax.vmap(family.oracle)(tasks)
     if config.context == "encoder":
         z = jax.jit(partial(script.adapt, config, family))(agent, tasks, key)[1].mean
-    shown = slice(script.FILM_TASKS)
-    record = lambda start, z: script.play(config, family, agent, z, start, lambda before, *_: before)
-    states = jax.jit(record)(script.reset(family, tasks[shown], key), z[shown])
-    return scores, family.render(jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), states), film)
+    return scores, script.film(config, family, agent, z, tasks, key, film)
 
 
 PLAY = {GoalEnv: play_goals, AchievementEnv: play_achievements, TaskFamily: play_tasks}

@@ -51,8 +51,7 @@ def draw_goal_reaching(
     log.progress.show("playing eight episodes")
     key = run.evaluation_key(jax.random.key(log.config.seed))
     states, sampled = eight_episodes(env, far_env, policy, episode_length, key)
-    labels = ["sampled actions" if each else "mean actions" for each in sampled]
-    log.draw("policy", env.render, states, str(log.folder / "rollout"), labels)
+    log.draw("policy", film, env, states, sampled, str(log.folder / "rollout"))
     if env.maze:
         tracks = np.asarray(env.achieved_goal(jnp.asarray(states.observation)))[..., :2]
         path = log.folder / "trajectories.png"
@@ -73,6 +72,11 @@ def eight_episodes(
     play = partial(evaluation.play, env, policy, episode_length=episode_length, key=play_key, record=lambda s: s)
     states = jax.jit(play)(start, sampled)
     return jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), states), np.asarray(sampled)
+
+
+def film(env: GoalEnv, states: GoalState, sampled: Bool[np.ndarray, " episodes"], stem: str) -> str:
+    """A film of these episodes, which says whose actions are sampled: the path."""
+    return env.render(states, stem, ["sampled actions" if each else "mean actions" for each in sampled])
 
 
 def draw_trajectories(env: GoalEnv, tracks, goals, sampled, path) -> Path:
