@@ -18,7 +18,6 @@ paper's hyperparameters and budget. Results, metrics and details: algorithms/crl
 """
 
 import dataclasses
-import math
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -141,41 +140,6 @@ class Config(run.RunConfig):
     """Operands of the matrix products in the residual blocks; everything else is float32."""
 
 
-def check(config: Config) -> None:
-    """UserError, in one line, if settings cannot work together."""
-    run.need(
-        config.max_replay_size >= max(config.episode_length, config.unroll_length),
-        f"max_replay_size is {config.max_replay_size}; it holds at least an episode ({config.episode_length} steps) "
-        f"and an unroll ({config.unroll_length})",
-    )
-    run.need(
-        2 <= config.min_replay_size <= config.max_replay_size,
-        f"min_replay_size is {config.min_replay_size}; it lies in 2 to max_replay_size ({config.max_replay_size})",
-    )
-    prefill = prefill_chunks(config) * chunk_steps(config)
-    run.need(
-        config.total_env_steps > prefill,
-        f"total_env_steps is {config.total_env_steps}; it must exceed the prefill of {prefill} steps "
-        "(num_envs x min_replay_size, in whole chunks)",
-    )
-
-
-def chunk_steps(config: Config) -> int:
-    """Environment steps of one seed in one chunk."""
-    return config.num_envs * config.unroll_length
-
-
-def prefill_chunks(config: Config) -> int:
-    """Chunks of data collection before the first gradient step."""
-    return math.ceil(config.min_replay_size / config.unroll_length)
-
-
-def total_updates(config: Config) -> int:
-    """Gradient steps in the whole run."""
-    chunks = math.ceil(config.total_env_steps / chunk_steps(config)) - prefill_chunks(config)
-    return chunks * config.updates_per_chunk
-
-
 # ---- networks -----------------------------------------------------------------------------------------------------
 
 
@@ -205,14 +169,11 @@ class Agent(NamedTuple):
 
 def make_agent(config: Config, env: GoalEnv, key: Key[Array, ""]) -> Agent:
     actor_key, phi_key, psi_key = jax.random.split(key, 3)
-    options = NetworkOptions(
-        config.remat, config.scan_unroll, config.dtype, config.norm, config.activation, config.residual
-    )
     state, action, goal = env.observation_size, env.action_size, len(env.goal_indices)
     critic_depth = config.critic_depth or config.depth
 
     def mlp(in_size, depth, out_size, key):
-        return ResidualMLP(in_size, config.width, depth, out_size, key, options)
+        return ResidualMLP(in_size, config.width, depth, out_size, key, NetworkOptions.of(config))
 
     actor = mlp(state + goal, config.actor_depth or config.depth, 2 * action, actor_key)
     phi = mlp(state + action, critic_depth, config.representation_size, phi_key)
@@ -379,7 +340,7 @@ class TrainState(NamedTuple):
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Adam, with a learning rate for each part of the agent."""
-    schedule = lambda rate: optax.cosine_decay_schedule(rate, total_updates(config), config.final_lr_fraction)
+    schedule = lambda rate: optax.cosine_decay_schedule(rate, buffer.total_updates(config), config.final_lr_fraction)
     rates = {"actor": config.actor_lr, "critic": config.critic_lr, "alpha": config.alpha_lr}
     adams = {part: optax.adam(schedule(rate)) for part, rate in rates.items()}
     return optax.partition(adams, Agent("actor", "critic", "alpha"))
@@ -423,11 +384,7 @@ def collect(config: Config, env: GoalEnv, state: TrainState) -> TrainState:
         observation, goal = before.env.observation, before.env.goal
         action, _ = policy(state.agent, observation, goal).sample_and_log_prob(action_key)
         current, after, truncated = vector.step(before, action)
-        if config.goal_switch_probability > 0:
-            new = jax.vmap(env.sample_goal)(jax.random.split(goal_key, config.num_envs))
-            switch = jax.random.bernoulli(switch_key, config.goal_switch_probability, (config.num_envs, 1))
-            goal = jnp.where(switch, new, current.env.goal)
-            current = current._replace(env=jax.vmap(env.with_goal)(current.env, goal))
+        current = vector.switch_goals(current, config.goal_switch_probability, switch_key, goal_key)
         transition = Transition(observation, action, env.achieved_goal(after.observation))
         # where the simulator failed, the row before is stored once more (zeros, if there was none)
         transition = select(current.broken > before.broken, previous, transition)
@@ -436,7 +393,7 @@ def collect(config: Config, env: GoalEnv, state: TrainState) -> TrainState:
     keys = jax.random.split(unroll_key, config.unroll_length)
     (current, _), (transitions, last) = jax.lax.scan(step, (state.envs, buffer.newest(state.replay)), keys)
     replay = buffer.add(state.replay, transitions, last)
-    return state._replace(replay=replay, envs=current, env_steps=state.env_steps + chunk_steps(config), key=key)
+    return state._replace(replay=replay, envs=current, env_steps=state.env_steps + buffer.chunk_steps(config), key=key)
 
 
 def sample(config: Config, env: GoalEnv, replay: buffer.Replay, key: Key[Array, ""]) -> Batch:
@@ -487,7 +444,7 @@ def evaluate(config: Config, env: GoalEnv, far_env: GoalEnv | None, agent: Agent
 @run.command
 def main(argv: list[str] | None = None) -> None:
     config = run.configure(Config, RECIPES, __doc__, argv)
-    check(config)
+    buffer.check(config)
     env, far_env = evaluation.make_envs(config)
     unsaved = () if config.checkpoint_replay else ("replay",)
     with run.Run(config, "crl", RECIPES, evaluation.SCORES, unsaved) as log:
@@ -509,13 +466,7 @@ def train(config: Config, env: GoalEnv, far_env: GoalEnv | None, log: run.Run) -
     learn_chunk = log.compile("learn", partial(learn, config, env), shapes, donate=True)
     score = log.compile("evaluate", partial(evaluate, config, env, far_env), shapes.agent, log.seeds)
 
-    def fill(state):
-        for _ in range(prefill_chunks(config)):
-            log.progress.show("filling the replay")
-            log.exit_if_stopping()
-            state = collect_chunk(state)
-        return state
-
+    fill = partial(log.repeat, "filling the replay", buffer.prefill_chunks(config), collect_chunk)
     if state is None:
         state = fill(begin(log.seeds))
     elif state.replay is None:

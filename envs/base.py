@@ -357,6 +357,17 @@ class VectorEnv:
             truncated,
         )
 
+    def switch_goals(
+        self, state: VectorState, probability: float, switch_key: Key[Array, ""], goal_key: Key[Array, ""]
+    ) -> VectorState:
+        """Of goal-reaching environments: each copy's goal is drawn anew with this probability."""
+        if probability == 0:
+            return state
+        new = jax.vmap(self.env.sample_goal)(jax.random.split(goal_key, self.num_envs))
+        switch = jax.random.bernoulli(switch_key, probability, (self.num_envs, 1))
+        goal = jnp.where(switch, new, state.env.goal)
+        return state._replace(env=jax.vmap(self.env.with_goal)(state.env, goal))
+
     def restore(self, state: VectorState) -> None:
         """Prepares for going on from a saved state; environments in JAX need nothing."""
 

@@ -102,7 +102,7 @@ def phases(script) -> tuple[str, dict, object]:
     if script is crl:
         env, _ = evaluation.make_envs(config)
         state = jax.jit(run.over_seeds(1, partial(crl.init, config, env)))(keys)
-        steps, updates = crl.chunk_steps(config), config.updates_per_chunk
+        steps, updates = buffer.chunk_steps(config), config.updates_per_chunk
     else:
         env = run.make_env(config.env, TaskFamily, config.env_options)
         config = cocoa.settle(config, env)

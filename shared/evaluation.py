@@ -1,7 +1,7 @@
 """How goal-reaching policies are scored and filmed: one protocol, for every algorithm that reaches goals.
 
 A policy here is a function (observation, goal) -> distribution, each of any batch shape, the distribution with `mode()`
-and `sample_and_log_prob(key)`.
+and `sample(key)`.
 """
 
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def play(
 
     def step(state, key):
         distribution = policy(state.observation, state.goal)
-        action = jnp.where(sampled[..., None], distribution.sample_and_log_prob(key)[0], distribution.mode())
+        action = jnp.where(sampled[..., None], distribution.sample(key), distribution.mode())
         after, _ = envs.intact(state, step_all(state, action))
         state = envs.select(state.terminated, state, after)
         return state, record(state)

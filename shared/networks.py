@@ -17,11 +17,11 @@ REMAT_POLICIES = {
 
 
 class NetworkOptions(NamedTuple):
-    """Of a residual network: what its layers are, and how it is computed."""
+    """Of a residual network: what its layers are, and how it is computed. A script has flags of these names."""
 
     remat: str = "dots"
     """A key of `REMAT_POLICIES`."""
-    unroll: int = 1
+    scan_unroll: int = 1
     """Blocks per iteration of the scan over depth."""
     dtype: str = "float32"
     """Operands of the matrix products in the blocks; their sums, LayerNorm and the residual stream are float32."""
@@ -31,6 +31,11 @@ class NetworkOptions(NamedTuple):
     """A function of jax.nn, after the norm."""
     residual: bool = True
     """Whether the input of a block is added to its output."""
+
+    @classmethod
+    def of(cls, config) -> "NetworkOptions":
+        """The options that a script's Config has."""
+        return cls(*(getattr(config, name) for name in cls._fields))
 
 
 DEFAULT_OPTIONS = NetworkOptions()
@@ -126,7 +131,7 @@ class ResidualMLP(eqx.Module):
             return block(x), None
 
         run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[self.options.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(run_block, self.stem(x), self.blocks, unroll=self.options.unroll)
+        x, _ = jax.lax.scan(run_block, self.stem(x), self.blocks, unroll=self.options.scan_unroll)
         return self.head(x)
 
 
@@ -350,6 +355,14 @@ class SquashedGaussian(NamedTuple):
         """tanh(mean): the action of the deterministic policy."""
         return jnp.tanh(self.mean)
 
+    def sample(self, key: Key[Array, ""]) -> Float[Array, "*batch action"]:
+        return self.sample_and_log_prob(key)[0]
+
+    def log_prob(self, action: Float[Array, "*batch action"]) -> Float[Array, "*batch"]:
+        """The log density of an action; where |action| is 1, that of 1 - 1e-6."""
+        x = jnp.arctanh(jnp.clip(action, -1 + 1e-6, 1 - 1e-6))
+        return self._log_density((x - self.mean) * jnp.exp(-self.log_std), x)
+
     def sample_and_log_prob(self, key: Key[Array, ""]) -> tuple[Float[Array, "*batch action"], Float[Array, "*batch"]]:
         """A reparameterised sample and its log density.
 
@@ -358,9 +371,12 @@ class SquashedGaussian(NamedTuple):
         """
         noise = jax.random.normal(key, self.mean.shape)
         x = self.mean + jnp.exp(self.log_std) * noise
+        return jnp.tanh(x), self._log_density(noise, x)
+
+    def _log_density(self, noise, x):
         log_normal = -0.5 * noise**2 - self.log_std - 0.5 * math.log(2 * math.pi)
         log_slope = 2 * (math.log(2) - x - jax.nn.softplus(-2 * x))
-        return jnp.tanh(x), (log_normal - log_slope).sum(-1)
+        return (log_normal - log_slope).sum(-1)
 
 
 def count_parameters(tree) -> int:

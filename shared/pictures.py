@@ -39,13 +39,13 @@ def _plot_seeds(axes, steps, values, label):
 
 
 def draw_goal_reaching(
-    log: run.Run, env: GoalEnv, far_env: GoalEnv | None, policy: Callable, value: Callable, episode_length: int
+    log: run.Run, env: GoalEnv, far_env: GoalEnv | None, policy: Callable, value: Callable | None, episode_length: int
 ) -> None:
     """All figures of a finished run of an algorithm that reaches goals.
 
     Args:
       policy: (observation, goal) -> distribution, batched.
-      value: (observation, goal) -> what the critic thinks of going from the one to the other, batched.
+      value: (observation, goal) -> what the critic thinks of going from the one to the other, batched; None without.
     """
     log.draw("learning curve", draw_curve, log.folder, evaluation.SCORES)
     log.progress.show("playing eight episodes")
@@ -56,6 +56,7 @@ def draw_goal_reaching(
         tracks = np.asarray(env.achieved_goal(jnp.asarray(states.observation)))[..., :2]
         path = log.folder / "trajectories.png"
         log.draw("trajectories", draw_trajectories, env, tracks, states.goal[:, 0, :2], sampled, path)
+    if env.maze and value:
         goals = three_goals(far_env or env)
         maps = value_map(env, value, jnp.asarray(goals))
         log.draw("value map", draw_value_map, env, goals, *maps, log.folder / "value_map.png")

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from shared import run
+
 
 class Replay(NamedTuple):
     """The last `capacity` rows of each of `num_envs` environments.
@@ -79,8 +81,12 @@ def truncated_geometric(
     """k in 1..steps with P(k) proportional to discount^k, by inverting the distribution function at u in [0, 1).
 
     F(k) = (1 - discount^k) / (1 - discount^steps), hence k = 1 + floor(log(1 - u (1 - discount^steps)) / log discount).
-    Where steps is 0, k is 0.
+    A discount of 1 is the uniform law, infinity always takes the last. Where steps is 0, k is 0.
     """
+    if discount == math.inf:
+        return steps
+    if discount == 1:
+        return jnp.minimum(1 + jnp.floor(uniform * steps).astype(jnp.int32), steps)
     log_discount = math.log(discount)
     mass = -jnp.expm1(steps * log_discount)
     k = 1 + jnp.floor(jnp.log1p(-uniform * mass) / log_discount).astype(jnp.int32)
@@ -106,7 +112,7 @@ def sample_future(replay: Replay, key: Key[Array, ""], batch_size: int, discount
       replay: not empty.
       key: used once.
       batch_size: any number.
-      discount: in (0, 1).
+      discount: in (0, 1); 1 for a uniform future, infinity for the newest row of the episode.
     """
     env_key, row_key, future_key = jax.random.split(key, 3)
     env = jax.random.randint(env_key, (batch_size,), 0, replay.episode.shape[1])
@@ -152,6 +158,44 @@ def gather(replay: Replay, row: Int[Array, " batch"], env: Int[Array, " batch"])
 def newest(replay: Replay) -> PyTree[Float[Array, "num_envs ..."]]:
     """The data of the row that each environment wrote last; zeros if there is none."""
     return jax.tree.map(lambda x: x[(replay.count - 1) % replay.capacity], replay.data)
+
+
+# ---- how a run fills its buffer, and learns from it -----------------------------------------------------------------
+
+
+def chunk_steps(config) -> int:
+    """Environment steps of one seed in one chunk."""
+    return config.num_envs * config.unroll_length
+
+
+def prefill_chunks(config) -> int:
+    """Chunks of data collection before the first gradient step."""
+    return math.ceil(config.min_replay_size / config.unroll_length)
+
+
+def total_updates(config) -> int:
+    """Gradient steps in the whole run."""
+    chunks = math.ceil(config.total_env_steps / chunk_steps(config)) - prefill_chunks(config)
+    return chunks * config.updates_per_chunk
+
+
+def check(config) -> None:
+    """UserError, in one line, if these settings of an algorithm cannot work together."""
+    run.need(
+        config.max_replay_size >= max(config.episode_length, config.unroll_length),
+        f"max_replay_size is {config.max_replay_size}; it holds at least an episode ({config.episode_length} steps) "
+        f"and an unroll ({config.unroll_length})",
+    )
+    run.need(
+        2 <= config.min_replay_size <= config.max_replay_size,
+        f"min_replay_size is {config.min_replay_size}; it lies in 2 to max_replay_size ({config.max_replay_size})",
+    )
+    prefill = prefill_chunks(config) * chunk_steps(config)
+    run.need(
+        config.total_env_steps > prefill,
+        f"total_env_steps is {config.total_env_steps}; it must exceed the prefill of {prefill} steps "
+        "(num_envs x min_replay_size, in whole chunks)",
+    )
 
 
 # ---- a buffer for each of many tasks --------------------------------------------------------------------------------

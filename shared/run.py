@@ -167,7 +167,7 @@ def configure(config_class, recipes: dict[str, str], description: str | None, ar
 
     Args:
       config_class: a subclass of RunConfig with a docstring under each field.
-      recipes: pattern of environment names -> flags, as one would type them.
+      recipes: pattern of environment names, or a flag that is on -> flags, as one would type them.
       description: what `--help` says first.
       argv: the command line, program first; by default the process's.
 
@@ -182,7 +182,7 @@ def configure(config_class, recipes: dict[str, str], description: str | None, ar
     if given.get("resume"):
         settings = _resumed(config_class, given)
     else:
-        settings = recipe_for(config_class, given.get("env", config_class.env), recipes) | given
+        settings = recipe_for(config_class, given.get("env", config_class.env), recipes, given) | given
     for name, annotation in _annotations(config_class).items():
         if name in settings:
             _check_range(name, annotation, settings[name])
@@ -200,9 +200,10 @@ def _check_jax():
         raise UserError(f"JAX finds no device for JAX_PLATFORMS={wanted}; unset it, or mend the driver") from None
 
 
-def recipe_for(config_class, env: str, recipes: dict[str, str]) -> dict:
-    """The settings of all patterns that match an environment's name, later ones over earlier ones."""
-    matching = [recipe for pattern, recipe in recipes.items() if fnmatch.fnmatch(env, pattern)]
+def recipe_for(config_class, env: str, recipes: dict[str, str], settings: dict | None = None) -> dict:
+    """The settings of all patterns that match an environment's name, or a flag that is on, later ones over earlier."""
+    on = [f"--{name}" for name, value in (settings or {}).items() if value is True]
+    matching = [recipe for pattern, recipe in recipes.items() if fnmatch.fnmatch(env, pattern) or pattern in on]
     return _parse(config_class, " ".join(matching).split())
 
 
@@ -587,7 +588,7 @@ class Run:
         house, script = (Path(path).resolve().parent.parent for path in (__file__, _script(config)))
         if house != script:
             self.print(f"envs/ and shared/ are those of {house}, not of {script}: run 'pip install -e .' there")
-        recipe = recipe_for(type(config), config.env, self.recipes)
+        recipe = recipe_for(type(config), config.env, self.recipes, dataclasses.asdict(config))
         if recipe:
             self.print(f"recipe for {config.env}: " + " ".join(f"--{k}={getattr(config, k)}" for k in recipe))
         for line in lines:
@@ -636,6 +637,14 @@ class Run:
         return None
 
     # -- the loop
+
+    def repeat(self, what: str, times: int, program, state):
+        """Runs a program on the state so many times, and says what that is for."""
+        for _ in range(times):
+            self.progress.show(what)
+            self.exit_if_stopping()
+            state = program(state)
+        return state
 
     def going(self, state) -> bool:
         """Whether there is another chunk to do. After Ctrl-C, SIGTERM or SIGHUP: saves, says how to go on, exits."""
@@ -762,7 +771,7 @@ class Run:
         total, done = self.config.total_env_steps, self.steps["env_steps"]
         rate = (self._last_step[0] - self._first_step[0]) / (self._last_step[1] - self._first_step[1])
         left, whole = (datetime.timedelta(seconds=int(max(total - x, 0) / rate)) for x in (done, self._first_step[0]))
-        if not self._told / 1.5 <= whole <= self._told * 1.5:
+        if left.total_seconds() > 10 and not self._told / 1.5 <= whole <= self._told * 1.5:
             self.print(f"about {left} to go")
             self._told = whole
         text = f"{done:,} of {total:,} env steps  {rate:,.0f} steps/s  {left} left  {self._score}"
@@ -912,7 +921,8 @@ def _open_folder(config, algorithm, recipes) -> Path:
     folder = Path(config.resume or config.run_dir)
     if not (config.resume or config.run_dir):
         told = [f"{name}={value}" for name, value in _changed(config, recipes).items() if name not in UNTOLD]
-        told = re.sub(r"[^\w.=+-]", "_", "".join(f"{setting}-" for setting in told))[:150]
+        told = re.sub(r"[^\w.=+-]", "_", "".join(f"{setting}-" for setting in told))
+        told = re.match(r"(.{0,150}-)?", told)[0]
         wanted = Path("runs", algorithm, config.env, f"{told}seed={config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
         wanted.parent.mkdir(parents=True, exist_ok=True)
         for folder in itertools.chain([wanted], (Path(f"{wanted}-{i}") for i in itertools.count(2))):
@@ -958,7 +968,8 @@ def _settings(config):
 
 def _changed(config, recipes):
     """The settings that differ from those in force without a flag, the environment aside."""
-    usual = type(config)(**recipe_for(type(config), config.env, recipes) | {"env": config.env})
+    recipe = recipe_for(type(config), config.env, recipes, dataclasses.asdict(config))
+    usual = type(config)(**recipe | {"env": config.env})
     return {name: value for name, value in _settings(config).items() if value != getattr(usual, name)}
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from algorithms import cocoa, crl, ppo_ad
-from shared import evaluation, run
+from shared import evaluation, replay, run
+from shared.networks import NetworkOptions
 
 BAD_INPUT = {
     crl: [
@@ -191,13 +192,13 @@ def test_every_field_has_a_docstring(script):
 @pytest.mark.parametrize(("script", "field"), FIELDS)
 def test_every_field_is_read_by_the_program(script, field):
     """Not counting the function that only checks the settings."""
-    source = "".join(Path(module.__file__).read_text() for module in (script, run, evaluation))
+    source = "".join(Path(module.__file__).read_text() for module in (script, run, evaluation, replay))
     source = re.sub(r"^def check\(.*?(?=^\S)", "", source, flags=re.DOTALL | re.MULTILINE)
-    assert re.search(rf"config\.{field}\b", source) or field.removesuffix("_steps") in PHASES
+    assert re.search(rf"config\.{field}\b", source) or field in BY_NAME
 
 
-PHASES = ("initial", "prior", "posterior", "extra")
-"""cocoa.py reads `initial_steps` and so on by their names."""
+BY_NAME = (*NetworkOptions._fields, *(f"{phase}_steps" for phase in ("initial", "prior", "posterior", "extra")))
+"""Fields that NetworkOptions.of and cocoa.py read by their names."""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

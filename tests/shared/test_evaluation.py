@@ -23,8 +23,8 @@ class RightOrLeft(NamedTuple):
     def mode(self):
         return self.right
 
-    def sample_and_log_prob(self, key):
-        return -self.right, jnp.zeros(self.right.shape[:-1])
+    def sample(self, key):
+        return -self.right
 
 
 def right_or_left(observation, goal):

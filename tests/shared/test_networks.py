@@ -101,7 +101,7 @@ def unrolled_gradient(depth):
 
 
 @pytest.mark.parametrize("depth", [4, 12, 40])
-@pytest.mark.parametrize("options", [{}, {"remat": "full", "unroll": 3}, {"remat": "none", "unroll": 2}])
+@pytest.mark.parametrize("options", [{}, {"remat": "full", "scan_unroll": 3}, {"remat": "none", "scan_unroll": 2}])
 def test_scan_equals_unrolled_loop(depth, options):
     scanned = jax.jit(jax.value_and_grad(partial(squares, lambda network, x: network(x)), (0, 1)))
     value, gradient = scanned(make(depth, **options), jnp.array(BATCH))
