@@ -20,18 +20,17 @@ paper's hyperparameters and budget. Results, metrics and details: algorithms/crl
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from annotated_types import Ge, MultipleOf
 from jaxtyping import Array, Float, Int, Key
 
-from envs import GoalEnv, VectorEnv, VectorState, select
+from envs import GoalEnv, VectorState, select
 from shared import evaluation, pictures, run
 from shared import replay as buffer
-from shared.networks import NetworkOptions, ResidualMLP, SquashedGaussian, over_batch
+from shared.networks import Depth, NetworkOptions, ResidualMLP, SquashedGaussian, over_batch
 from shared.run import Count, Fraction, Positive, Share, Steps, Weight
 
 # ---- config -------------------------------------------------------------------------------------------------------
@@ -48,8 +47,6 @@ RECIPES = {
     "ant_hardest_maze": "--total_env_steps 200_000_000",
 }
 """Flags for environments whose name matches a pattern; a flag that is given overrides them."""
-
-Depth = Annotated[int, Ge(4), MultipleOf(4)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,15 +356,11 @@ def init(config: Config, env: GoalEnv, key: Key[Array, ""]) -> TrainState:
         agent=agent,
         optimizer=make_optimizer(config).init(agent),
         replay=empty_replay(config, env),
-        envs=vector_env(config, env).reset(env_key),
+        envs=evaluation.vector_env(config, env).reset(env_key),
         env_steps=jnp.zeros((), jnp.int32),
         gradient_steps=jnp.zeros((), jnp.int32),
         key=key,
     )
-
-
-def vector_env(config: Config, env: GoalEnv) -> VectorEnv:
-    return VectorEnv(env, config.num_envs, config.episode_length, config.goals)
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -375,7 +368,7 @@ def vector_env(config: Config, env: GoalEnv) -> VectorEnv:
 
 def collect(config: Config, env: GoalEnv, state: TrainState) -> TrainState:
     """Steps every environment `unroll_length` times with sampled actions, and stores what happened."""
-    vector = vector_env(config, env)
+    vector = evaluation.vector_env(config, env)
     key, unroll_key = jax.random.split(state.key)
 
     def step(carry: tuple[VectorState, Transition], key):

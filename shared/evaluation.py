@@ -41,6 +41,11 @@ def make_envs(config) -> tuple[GoalEnv, GoalEnv | None]:
     return env, far_env
 
 
+def vector_env(config, env: GoalEnv) -> envs.VectorEnv:
+    """The environments that data are collected in."""
+    return envs.VectorEnv(env, config.num_envs, config.episode_length, config.goals)
+
+
 def play(
     env: GoalEnv,
     policy: Callable,

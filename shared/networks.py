@@ -1,13 +1,16 @@
-"""Networks of the three algorithms. Each takes one example; batch it with `jax.vmap` at the call."""
+"""Networks of the algorithms. Each takes one example; batch it with `jax.vmap` at the call."""
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge, MultipleOf
 from jaxtyping import Array, Float, Key
 
+Depth = Annotated[int, Ge(4), MultipleOf(4)]
+"""Layers inside the residual blocks, of four layers each."""
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,

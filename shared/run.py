@@ -727,8 +727,9 @@ class Run:
         bad = [(*np.argwhere(~np.isfinite(x.T))[0], name) for name, x in losses.items() if not np.isfinite(x).all()]
         if bad:
             step, seed, name = min(bad)
-            many = losses[name].shape[1] > 1
-            where = f"gradient step {gradient_step + step + 1}" if many else f"env step {self.steps['env_steps']}"
+            many = losses[name].shape[1]
+            last = gradient_step + (step + 1) * (list(self.steps.values())[-1] - gradient_step) // many
+            where = f"gradient step {last}" if many > 1 else f"env step {self.steps['env_steps']}"
             what = f"{name} is {losses[name][seed, step]} at {where} of seed {self.config.seed + seed}"
         elif not all_finite(state.agent):
             what = f"a parameter is not finite after gradient step {list(self.steps.values())[-1]}"

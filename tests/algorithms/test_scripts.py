@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from algorithms import cocoa, crl, ppo_ad
+from algorithms import c_learning, cocoa, crl, gcsl, ppo_ad, sac, td3
 from shared import evaluation, replay, run
 from shared.networks import NetworkOptions
 
@@ -58,6 +59,36 @@ BAD_INPUT = {
         (["--env=ant", "--env_options=merged_walls=7"], r"option merged_walls of ant is 7; it is true or false"),
         (["--env=minicraft"], r"minicraft has no goals to reach; it is for ppo_ad.py"),
         (["--env=point_goal"], r"point_goal has no goals to reach; it is for cocoa.py"),
+    ],
+    sac: [
+        (["--env=point_umaze"], r"unknown environment 'point_umaze'; did you mean .*point_u_maze"),
+        (["--env=minicraft"], r"minicraft has no goals to reach; it is for ppo_ad.py"),
+        (["--her=past"], r"none\|final\|future\|geometric"),
+        (["--her_share=1.1"], r"her_share is 1.1; it lies in \[0, 1\]"),
+        (["--target_rate=0"], r"target_rate is 0.0; it lies in \(0, 1\]"),
+        (["--depth=6"], r"depth is 6; it is a positive multiple of 4, e.g. 8"),
+        (["--min_replay_size=1"], r"min_replay_size is 1; it lies in 2 to max_replay_size"),
+        (["--total_env_steps=10"], r"total_env_steps is 10; it must exceed the prefill of 25600"),
+        (["--resume=/tmp"], r"/tmp is not a run folder"),
+    ],
+    td3: [
+        (["--policy_delay=3"], r"updates_per_chunk is 128; it is a multiple of policy_delay \(3\)"),
+        (["--policy_delay=0"], r"policy_delay is 0; it is at least 1"),
+        (["--exploration_noise=-1"], r"exploration_noise is -1.0; it is at least 0"),
+        (["--alpha_lr=1"], r"alpha_lr"),
+        (["--max_replay_size=50"], r"max_replay_size is 50; it holds at least an episode \(100 steps\)"),
+    ],
+    gcsl: [
+        (["--future=past"], r"uniform\|geometric"),
+        (["--likelihood=laplace"], r"gaussian\|mse"),
+        (["--critic_depth=4"], r"critic_depth"),
+        (["--total_env_steps=10"], r"total_env_steps is 10; it must exceed the prefill of 25600"),
+    ],
+    c_learning: [
+        (["--loss=nce"], r"c_learning\|nce_c_learning"),
+        (["--weight_clip=0"], r"weight_clip is 0.0; it is above 0"),
+        (["--random_goals=2"], r"random_goals is 2.0; it lies in \[0, 1\]"),
+        (["--min_replay_size=5000"], r"min_replay_size is 5000; it lies in 2 to max_replay_size"),
     ],
     ppo_ad: [
         (["--env=craftax_pixels"], r"unknown environment 'craftax_pixels'; did you mean .*craftax_classic_pixels"),
@@ -133,13 +164,14 @@ def configured(script, *flags):
     return run.configure(script.Config, script.RECIPES, script.__doc__, [script.__name__, *flags])
 
 
-def crl_metrics() -> list[str]:
-    config = configured(crl)
+def goal_metrics(script) -> list[str]:
+    config = configured(script)
     env, far_env = evaluation.make_envs(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda key: crl.init(config, env, key), key)
-    train = jax.eval_shape(lambda state: crl.learn(config, env, state), state)[1]
-    scores = jax.eval_shape(lambda a, k: crl.evaluate(config, env, far_env, a, k), state.agent, key)
+    state = jax.eval_shape(lambda key: script.init(config, env, key), key)
+    settings = (config,) if script is gcsl else (config, env)
+    train = jax.eval_shape(lambda state: script.learn(*settings, state), state)[1]
+    scores = jax.eval_shape(lambda a, k: script.evaluate(config, env, far_env, a, k), state.agent, key)
     return [*train, *scores, *step_counts(state)]
 
 
@@ -179,7 +211,11 @@ def cocoa_metrics() -> list[str]:
     return [*shapes(), *shapes("--context=oracle")]
 
 
-METRICS = {crl: crl_metrics, ppo_ad: ppo_ad_metrics, cocoa: cocoa_metrics}
+METRICS = {
+    **{script: partial(goal_metrics, script) for script in (crl, sac, td3, gcsl, c_learning)},
+    ppo_ad: ppo_ad_metrics,
+    cocoa: cocoa_metrics,
+}
 SCRIPTS = list(METRICS)
 FIELDS = [(script, field.name) for script in SCRIPTS for field in dataclasses.fields(script.Config)]
 
@@ -197,8 +233,12 @@ def test_every_field_is_read_by_the_program(script, field):
     assert re.search(rf"config\.{field}\b", source) or field in BY_NAME
 
 
-BY_NAME = (*NetworkOptions._fields, *(f"{phase}_steps" for phase in ("initial", "prior", "posterior", "extra")))
-"""Fields that NetworkOptions.of and cocoa.py read by their names."""
+BY_NAME = (
+    *NetworkOptions._fields,
+    *(f"{phase}_steps" for phase in ("initial", "prior", "posterior", "extra")),
+    "published",
+)
+"""Fields that NetworkOptions.of, cocoa.py and the recipes read by their names."""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

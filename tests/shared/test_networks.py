@@ -157,6 +157,21 @@ def test_log_prob_equals_scipy(mean, log_std):
     np.testing.assert_allclose(log_prob, expected.sum(-1), rtol=1e-4, atol=1e-3)
 
 
+def test_log_prob_of_a_given_action():
+    """Golden number of the fact sheet (baselines_gcrl, 9.7), and the density of the distribution's own samples."""
+    given = SquashedGaussian(jnp.array([0.2, -0.5]), jnp.array([-1, 0.3]))
+    np.testing.assert_allclose(given.log_prob(jnp.array([0.6, -0.9])), -0.188718, atol=1e-5)
+    np.testing.assert_allclose(jnp.mean((given.mode() - jnp.array([0.6, -0.9])) ** 2), 0.176924, atol=1e-6)
+    action, log_prob = SquashedGaussian(jnp.zeros((500, 2)), jnp.full((500, 2), -0.5)).sample_and_log_prob(
+        jax.random.key(0)
+    )
+    assert np.abs(action).max() < 1 - 1e-4
+    again = SquashedGaussian(jnp.zeros((500, 2)), jnp.full((500, 2), -0.5)).log_prob(action)
+    np.testing.assert_allclose(again, log_prob, atol=2e-3)
+    gradient = jax.grad(lambda mean: SquashedGaussian(mean, jnp.zeros(1)).log_prob(jnp.ones(1)))(jnp.zeros(1))
+    np.testing.assert_allclose(gradient, np.arctanh(1 - 1e-6), rtol=1e-2)
+
+
 def test_log_prob_and_its_gradient_stay_finite_far_out():
     def log_prob(mean):
         return SquashedGaussian(mean, jnp.full(2, 2.0)).sample_and_log_prob(jax.random.key(0))[1]

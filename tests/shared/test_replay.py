@@ -1,5 +1,6 @@
 """The ring buffer against a deque, and the samplers' laws against exact probabilities."""
 
+import math
 from collections import Counter, deque
 
 import jax
@@ -69,13 +70,16 @@ def truncated(weights):
     return np.array(weights) / np.sum(weights)
 
 
-def exact_episode_law(held):
+def exact_episode_law(held, discount):
     """P(env, row, future): rows uniform, future = row + k - 1 with P(k) ~ discount^k up to the episode's newest row."""
     law = {}
     for env, rows in enumerate(held):
         for number, episode, _ in rows:
             futures = [n for n, e, _ in rows if e == episode and n >= number]
-            p = truncated([DISCOUNT ** (n - number) for n in futures])
+            if discount == math.inf:
+                futures, p = futures[-1:], [1]
+            else:
+                p = truncated([discount ** (n - number) for n in futures])
             law |= {(env, number, n): q / len(rows) / NUM_ENVS for n, q in zip(futures, p)}
     return law
 
@@ -113,10 +117,12 @@ def assert_follows(law, pairs):
 
 @pytest.mark.parametrize("end_probability", [0.0, 0.15, 0.5, 1.0])
 @pytest.mark.parametrize("total_rows", [12, 100])  # before and after wrapping around
-def test_futures_follow_the_truncated_geometric_law(total_rows, end_probability):
+@pytest.mark.parametrize("discount", [DISCOUNT, 1.0, math.inf])
+def test_futures_follow_the_truncated_geometric_law(total_rows, end_probability, discount):
+    """Geometric futures, uniform ones, and the end of the episode, by enumeration."""
     replay, held = filled(total_rows, end_probability)
     draw = jax.jit(buffer.sample_future, static_argnums=(2, 3))
-    assert_follows(exact_episode_law(held), draw(replay, jax.random.key(1), 200_000, DISCOUNT))
+    assert_follows(exact_episode_law(held, discount), draw(replay, jax.random.key(1), 200_000, discount))
 
 
 @pytest.mark.parametrize("end_probability", [0.0, 0.15, 0.5, 1.0])

@@ -1,0 +1,469 @@
+"""sac.py, td3.py, gcsl.py and c_learning.py: golden numbers of the fact sheet (baselines_gcrl, section 9), NumPy, what
+an update changes, and known answers."""
+
+import csv
+import inspect
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from stubs import Line, Sizes
+
+import envs
+from algorithms import c_learning, crl, gcsl, sac, td3
+from shared import replay as buffer
+from shared import run
+
+OPTIMISED = True
+
+SCRIPTS = (sac, td3, gcsl, c_learning)
+
+
+class Plane(Sizes):
+    """Two numbers that are the goal, reached within 0.5."""
+
+    success_radius = 0.5
+
+    def __init__(self):
+        super().__init__(2, 1, 2)
+
+
+STATES = np.array([(0, 0), (1, 0), (2, 0.4), (2.3, 0.6), (3, 1), (3.2, 1.1)], np.float32)
+"""Of 9.1: five transitions, the last one cut off by the time limit."""
+
+
+def recorded(states, last, goal=(9.0, 9.0), terminated=None):
+    """A replay of sac.py with one environment: its rows in order."""
+    n = len(last)
+    terminated = np.zeros(n) if terminated is None else terminated
+    rows = sac.Transition(states[:-1], np.zeros((n, 1)), states[1:], np.tile(goal, (n, 1)), terminated)
+    rows = jax.tree.map(lambda x: jnp.array(x, jnp.float32)[:, None], rows)
+    replay = buffer.init(jax.tree.map(lambda x: jnp.zeros(x.shape[2:]), rows), n, 1)
+    return buffer.add(replay, rows, jnp.array(last)[:, None])
+
+
+def by_row(batch, states):
+    """Goal and reward of each row that a batch holds, which are the same wherever the row is."""
+    found = {}
+    for observation, goal, reward in zip(*map(np.asarray, (batch.observation, batch.goal, batch.reward))):
+        (row,) = np.flatnonzero((states[:-1] == observation).all(-1))
+        found.setdefault(row, set()).add((*goal.astype(float).round(4).tolist(), float(reward)))
+    return [found[row] for row in range(len(states) - 1)]
+
+
+@pytest.mark.parametrize("script", [sac, td3])
+def test_hindsight_goals_and_rewards_are_those_of_the_sheet(script, monkeypatch):
+    replay = recorded(STATES, [False] * 4 + [True])
+    config = script.Config(her="final", her_share=1.0, batch_size=400)
+    batch = script.sample(config, Plane(), replay, jax.random.key(0))
+    assert by_row(batch, STATES) == [{(3.2, 1.1, reward)} for reward in (0, 0, 0, 1, 1)]
+    future = jnp.array([1, 1, 3, 3, 4])  # rows whose next states are s_2, s_2, s_4, s_4, s_5
+    pairs = buffer.Pairs(jnp.zeros(5, int), jnp.arange(5), future)
+    monkeypatch.setattr(buffer, "sample_future", lambda *_: pairs)
+    batch = script.sample(script.Config(her_share=1.0, batch_size=5), Plane(), replay, jax.random.key(0))
+    np.testing.assert_array_equal(batch.goal, STATES[[2, 2, 4, 4, 5]])
+    np.testing.assert_array_equal(batch.reward, [0, 1, 0, 1, 1])
+
+
+def test_hindsight_goals_stay_within_their_episode_after_a_fall():
+    """The sheet's misaligned case: the first episode ends by a fall after three rows."""
+    states = np.array([(0, 0), (1, 0), (2, 0.4), (5, 5), (5.3, 5.2), (5.4, 5.3)], np.float32)
+    replay = recorded(states, [False, False, True, False, True])
+    # the state after the fall is the terminal one; here the next row's, since the rows are consecutive
+    batch = sac.sample(sac.Config(her="final", her_share=1.0, batch_size=400), Plane(), replay, jax.random.key(0))
+    assert by_row(batch, states) == [{(5, 5, r)} for r in (0, 0, 1)] + [{(5.4, 5.3, 1.0)}] * 2
+
+
+@pytest.mark.parametrize(("her", "share"), [("none", 0.8), ("future", 0.25), ("geometric", 1.0), ("final", 0.5)])
+def test_rows_keep_their_commanded_goal_or_get_one_that_their_episode_reached(her, share):
+    """Against a loop over a recorded buffer with time limits."""
+    config = sac.Config(
+        num_envs=4, episode_length=9, unroll_length=40, max_replay_size=40, width=8, her=her, her_share=share,
+        batch_size=200, total_env_steps=100_000,
+    )  # fmt: skip
+    env = envs.make("point_u_maze")
+    state = jax.jit(lambda key: sac.collect(config, env, sac.init(config, env, key)))(jax.random.key(0))
+    rows = jax.tree.map(np.asarray, state.replay.data)
+    batch = jax.tree.map(np.asarray, sac.sample(config, env, state.replay, jax.random.key(1)))
+    hindsight = 0
+    for i in range(200):
+        (t, e), *_ = np.argwhere((rows.observation == batch.observation[i]).all(-1))
+        end = min(t // 9 * 9 + 8, 39)
+        reached = rows.next_observation[t : end + 1, e]
+        at_end = (reached[-1:] if her == "final" else reached) == batch.goal[i]
+        if i < share * 200 and her != "none":
+            assert at_end.all(-1).any()
+            hindsight += 1
+        else:
+            np.testing.assert_array_equal(batch.goal[i], rows.goal[t, e])
+        distance = np.linalg.norm(batch.next_observation[i] - batch.goal[i])
+        assert batch.reward[i] == (distance < env.success_radius)
+    assert hindsight == (0 if her == "none" else 200 * share)
+    np.testing.assert_array_equal(rows.next_observation[:8], rows.observation[1:9])  # until the time limit
+    assert (rows.next_observation[8] != rows.observation[9]).any(), "the terminal state, not the next episode's first"
+
+
+# ---- targets and losses --------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """A distribution of which all is known."""
+
+    def __init__(self, log_prob, action=None):
+        self.log_probability, self.action = log_prob, action
+
+    def sample_and_log_prob(self, key):
+        return self.action, self.log_probability
+
+    def sample(self, key):
+        return self.action
+
+
+def test_sac_targets_and_loss_are_those_of_the_sheet(monkeypatch):
+    target = jnp.array([(1.0, 2, 3, 4, 5), (1.5, 1.8, 3.2, 3.9, 5.5)])
+    q = jnp.array([(1.2, 2, 3, 4.4, 5), (1.1, 1.9, 3.3, 4, 5)])
+    monkeypatch.setattr(sac, "q_values", lambda critics, *_: critics)
+    monkeypatch.setattr(sac, "policy", lambda *_: Fixed(jnp.array([-0.5, 0.2, 0.1, -1, 0.3])))
+    agent = sac.Agent(None, None, jnp.log(0.1))
+    batch = sac.Batch(None, None, None, None, jnp.array([0.0, 1, 0, 1, 1]), jnp.zeros(5))
+    loss = inspect.unwrap(sac.critic_loss)
+    value, info = loss(q, agent, target, batch, None, sac.Config(discount=0.9))
+    np.testing.assert_allclose(value, 0.112904, atol=1e-6)
+    np.testing.assert_allclose(info["train/reward"], 0.6)
+    # a fall at the last row: nothing follows
+    fallen = batch._replace(terminated=jnp.array([0.0, 0, 0, 0, 1]))
+    np.testing.assert_allclose(loss(q, agent, target, fallen, None, sac.Config(discount=0.9))[0], 1.690531, atol=1e-6)
+    # y = q - 10/2 * 2 dloss/dq
+    y = q - 10 * jax.grad(lambda q: loss(q, agent, target, batch, None, sac.Config(discount=0.9))[0])(q)
+    np.testing.assert_allclose(y, np.tile([0.945, 2.602, 2.691, 4.6, 5.473], (2, 1)), atol=1e-5)
+
+
+def test_td3_targets_noise_and_loss_are_those_of_the_sheet(monkeypatch):
+    epsilon = jnp.array([(1, -4), (0.5, 2), (-3, 0)])
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape: epsilon[: shape[0]])
+    action = jnp.array([(0.95, -0.2), (-0.6, 0.99), (0.1, 0.3)])
+    smooth = td3.Noisy(action, 0.2, 0.5).sample(jax.random.key(0))
+    np.testing.assert_allclose(smooth, [(1, -0.7), (-0.5, 1), (-0.4, 0.3)], atol=1e-6)
+
+    def q_values(critics, observation, action, goal):
+        if critics is not None:
+            return critics
+        first = observation @ jnp.array([1, 0.5]) + action @ jnp.array([0.3, -0.7])
+        second = observation @ jnp.array([0.8, 0.4]) + action @ jnp.array([-0.2, 0.6]) + 0.1
+        return jnp.stack([first, second])
+
+    monkeypatch.setattr(td3, "q_values", q_values)
+    monkeypatch.setattr(td3, "policy", lambda *_: td3.Noisy(action, 0.4, 0.5))
+    observation = jnp.array([(0.5, 1), (2, -1), (0, 0.25)])
+    batch = td3.Batch(None, None, observation, None, jnp.array([0.0, 1, 0]), jnp.array([0.0, 0, 1]))
+    q, target = jnp.array([(0.2, 1.5, 0.3), (0.4, 1, -0.1)]), td3.Agent(None, None)
+    value = inspect.unwrap(td3.critic_loss)(q, target, batch, jax.random.key(0), td3.Config(discount=0.9))[0]
+    np.testing.assert_allclose(value, 0.039505, atol=1e-6)
+    epsilon = jnp.array([(2, -0.6)])
+    explored = td3.Noisy(jnp.zeros((1, 2)), 0.4, 0.5).sample(jax.random.key(0))
+    np.testing.assert_allclose(explored, [(0.5, -0.24)], atol=1e-6)
+    epsilon = jnp.array([(9.0, 9.0)])
+    np.testing.assert_array_equal(td3.Noisy(jnp.full((1, 2), 0.9), 0.4, 0.5).sample(jax.random.key(0)), 1)
+
+
+def numpy_c_learning(true, random, target, discount, clip, nce):
+    """Row by row, from the formulas."""
+    cross_entropy = lambda f, label: np.log1p(np.exp(-f if label else f))
+    total = 0
+    for j, i in np.ndindex(true.shape):
+        c = 1 / (1 + np.exp(-target[:, i].min()))
+        w = min(c / (1 - c), clip)
+        total += (1 - discount + nce) * cross_entropy(true[j, i], 1)
+        total += discount * w * cross_entropy(random[j, i], 1) + (1 + nce) * cross_entropy(random[j, i], 0)
+    return total / true.size
+
+
+@pytest.mark.parametrize(
+    ("loss", "clip", "golden"),
+    [("c_learning", None, 4.635554), ("c_learning", 20.0, 8.053517), ("nce_c_learning", 20.0, 9.108431)],
+)
+def test_c_learning_losses_are_those_of_the_sheet_and_of_numpy(monkeypatch, loss, clip, golden):
+    true = np.array([(0.5, -0.2, 1), (0.3, 0.1, 0.8)])
+    random = np.array([(-1, 0.4, -0.6), (-0.8, 0.2, -0.9)])
+    target = np.array([(-0.5, 1.2, 3.5), (-0.2, 0.9, 4)])
+    batch = c_learning.Batch(None, None, None, "future", "random")
+    critics = {"future": jnp.array(true), "random": jnp.array(random)}
+    monkeypatch.setattr(c_learning, "logits", lambda critics, observation, action, goal: critics[goal])
+    monkeypatch.setattr(c_learning, "policy", lambda *_: Fixed(None))
+    config = c_learning.Config(loss=loss, weight_clip=clip, discount=0.9)
+    value, info = inspect.unwrap(c_learning.critic_loss)(
+        critics, None, {"random": jnp.array(target)}, batch, None, config
+    )
+    np.testing.assert_allclose(value, golden, atol=2e-5)
+    exact = numpy_c_learning(true, random, target, 0.9, clip or 10, loss == "nce_c_learning")
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
+    weights = np.minimum([0.606531, 2.459603, 33.115452], clip or 10)
+    np.testing.assert_allclose(info["train/weight"], weights.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "discount", "near"), [(256, 0.99, 2), (512, 0.99, 5), (8, 0.75, 1)])
+def test_nce_c_learning_has_next_states_in_so_many_rows(monkeypatch, size, discount, near):
+    states = np.stack([np.arange(1001), np.zeros(1001)], axis=1).astype(np.float32)
+    rows = c_learning.Transition(states[:-1], np.zeros((1000, 1), np.float32), states[1:])
+    replay = buffer.init(c_learning.Transition(jnp.zeros(2), jnp.zeros(1), jnp.zeros(2)), 1000, 1)
+    replay = buffer.add(replay, jax.tree.map(lambda x: jnp.array(x)[:, None], rows), jnp.zeros((1000, 1), bool))
+    pairs = buffer.Pairs(jnp.zeros(size, int), jnp.arange(size), jnp.arange(size) + 3)
+    monkeypatch.setattr(buffer, "sample_future", lambda *_: pairs)
+    config = c_learning.Config(loss="nce_c_learning", batch_size=size, discount=discount)
+    batch = c_learning.sample(config, Plane(), replay, jax.random.key(0))
+    ahead = np.asarray(batch.future - batch.observation)[:, 0]
+    np.testing.assert_array_equal(ahead, [1] * near + [4] * (size - near))
+    np.testing.assert_array_equal(batch.random, np.roll(batch.future, -1, axis=0))
+    only_next = c_learning.sample(c_learning.Config(batch_size=size), Plane(), replay, jax.random.key(0))
+    np.testing.assert_array_equal(only_next.future, only_next.next_observation)
+
+
+# ---- updates -------------------------------------------------------------------------------------------------------
+
+
+def begun(script, **settings):
+    """A config, and a state with experience, on the line."""
+    config = script.Config(
+        num_envs=8, episode_length=9, unroll_length=30, min_replay_size=30, max_replay_size=30, batch_size=32, width=8,
+        updates_per_chunk=2, total_env_steps=100_000, **settings,
+    )  # fmt: skip
+    return config, jax.jit(lambda key: script.collect(config, Line(), script.init(config, Line(), key)))(
+        jax.random.key(0)
+    )
+
+
+def changed(old, new):
+    return [bool((np.asarray(a) != np.asarray(b)).any()) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new))]
+
+
+@pytest.mark.parametrize("script", [sac, td3, c_learning])
+def test_targets_follow_in_closed_form(script):
+    """After n updates a target is (1 - rate)^n times its start, and rate (1 - rate)^(n - i) of the i-th network."""
+    rate = 0.2
+    config, state = begun(script, target_rate=rate)
+    update = jax.jit(partial(script.update, config, Line()))
+    networks = (lambda state: state.agent) if script is td3 else (lambda state: state.agent.critics)
+    assert not any(changed(networks(state), state.target))
+    expected = jax.tree.map(lambda x: (1 - rate) ** 4 * np.asarray(x), state.target)
+    for i in range(1, 5):
+        state, _ = update(state, jax.random.key(i))
+        share = rate * (1 - rate) ** (4 - i)
+        expected = jax.tree.map(lambda x, new, share=share: x + share * np.asarray(new), expected, networks(state))
+    for ours, exact in zip(jax.tree.leaves(state.target), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(ours, exact, rtol=1e-4, atol=1e-6)
+    assert int(state.gradient_steps) == 4 * (config.policy_delay if script is td3 else 1)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_update_changes_every_network_and_only_by_its_own_loss(script):
+    config, state = begun(script)
+    arguments = (config,) if script is gcsl else (config, Line())
+    new, _ = jax.jit(partial(script.update, *arguments))(state, jax.random.key(1))
+    biases_of_logits = 1  # a raw log-std at which the gradient is 0 may stay
+    assert sum(not each for each in changed(state.agent, new.agent)) <= biases_of_logits
+    if script is gcsl:
+        return
+    batch = script.sample(config, Line(), state.replay, jax.random.key(2))
+    agent, target = state.agent, state.target
+    if script is td3:
+        loss = lambda target: script.critic_loss(agent.critics, target, batch, jax.random.key(3), config)[0]
+        frozen = (jax.grad(loss)(target),)
+    else:
+        loss = lambda agent, target: script.critic_loss(
+            state.agent.critics, agent, target, batch, jax.random.key(3), config
+        )[0]
+        frozen = jax.grad(loss, (0, 1))(agent, target)
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(frozen)), "the target carries no gradient"
+
+
+def test_the_actor_of_td3_moves_once_in_two_steps_and_its_target_from_the_target():
+    config, state = begun(td3, policy_delay=3, target_rate=0.5)
+    old = state._replace(target=jax.tree.map(lambda x: x + 1.0, state.target))
+    new, _ = jax.jit(partial(td3.update, config, Line()))(old, jax.random.key(1))
+    counts = [int(leaf) for leaf in jax.tree.leaves(new.optimizers) if leaf.dtype == jnp.int32]
+    assert sorted(set(counts)) == [1, 3] and int(new.gradient_steps) == 3
+    middle = jax.tree.map(lambda target, network: (target + network) / 2, old.target, new.agent)
+    for ours, exact in zip(jax.tree.leaves(new.target), jax.tree.leaves(middle)):
+        np.testing.assert_allclose(ours, exact, atol=1e-6)
+
+
+def test_gcsl_losses_equal_numpy():
+    config, state = begun(gcsl)
+    batch = gcsl.sample(config, state.replay, jax.random.key(1))
+    output = np.asarray(
+        jax.vmap(state.agent.actor)(jnp.concatenate([batch.observation, batch.goal], axis=1)), np.float64
+    )
+    mean, log_std = output[:, :1], -5 + 3.5 * (np.tanh(output[:, 1:]) + 1)
+    action = np.clip(np.asarray(batch.action, np.float64), -1 + 1e-6, 1 - 1e-6)
+    x = np.arctanh(action)
+    density = -0.5 * ((x - mean) / np.exp(log_std)) ** 2 - log_std - 0.5 * np.log(2 * np.pi) - np.log(1 - action**2)
+    np.testing.assert_allclose(gcsl.actor_loss(state.agent, batch, config)[0], -density.mean(), rtol=1e-3)
+    config = gcsl.Config(likelihood="mse")
+    error = np.mean((np.tanh(mean) - np.asarray(batch.action)) ** 2)
+    np.testing.assert_allclose(gcsl.actor_loss(state.agent, batch, config)[0], error, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("future", "discount"), [("uniform", 1), ("geometric", 0.6)])
+def test_gcsl_draws_its_goals_by_the_law_that_it_names(future, discount, monkeypatch):
+    config, state = begun(gcsl, future=future, discount=0.6)
+    asked = []
+    law = buffer.sample_future
+    monkeypatch.setattr(buffer, "sample_future", lambda *args: asked.append(args[3]) or law(*args))
+    gcsl.sample(config, state.replay, jax.random.key(1))
+    assert asked == [discount]
+
+
+# ---- known answers -------------------------------------------------------------------------------------------------
+
+
+def trained(script, chunks, **settings):
+    """On the line, where a step is at most 0.25 and the goal at -1 or 1 is reached within 0.2."""
+    config = script.Config(
+        num_envs=32, episode_length=12, unroll_length=12, min_replay_size=24, max_replay_size=240, batch_size=128,
+        width=32, discount=0.8, actor_lr=1e-3, num_eval_envs=64, total_env_steps=100_000, **settings,
+    )  # fmt: skip
+    env = Line()
+    state = script.init(config, env, jax.random.key(0))
+    state = jax.jit(lambda s: script.collect(config, env, script.collect(config, env, s)))(state)
+    arguments = (config,) if script is gcsl else (config, env)
+    chunk = jax.jit(lambda s: script.learn(*arguments, script.collect(config, env, s))[0])
+    for _ in range(chunks):
+        state = chunk(state)
+    scores = jax.jit(lambda s: script.evaluate(config, env, None, s.agent, jax.random.key(1)))(state)
+    return state.agent, scores
+
+
+@pytest.mark.parametrize(
+    ("script", "settings"),
+    [
+        (sac, {"her": "future", "target_entropy_scale": 3.0, "alpha_lr": 1e-2}),
+        (sac, {"her": "none", "target_entropy_scale": 3.0, "alpha_lr": 1e-2}),
+        (td3, {"her": "future"}),
+    ],
+)
+def test_q_is_the_discounted_return_of_the_best_policy(script, settings):
+    """From the start the fourth step arrives at the earliest (0.25, 0.5, 0.75, 1). Then every step is rewarded, also
+    beyond the time limit: Q = discount^3 / (1 - discount). Inside the radius it is 1 / (1 - discount)."""
+    agent, scores = trained(script, 25, updates_per_chunk=60, critic_lr=1e-3, target_rate=0.05, **settings)
+    assert scores["eval/success_any"] == 1
+    observation, goal = jnp.array([[0.0], [0.0], [1.0], [-1.0]]), jnp.array([[1.0], [-1.0], [1.0], [-1.0]])
+    value = script.value(agent, observation, goal)
+    best = np.array([0.8**3, 0.8**3, 1, 1]) / (1 - 0.8)
+    np.testing.assert_allclose(value, best, rtol=0.15)
+
+
+@pytest.mark.parametrize("loss", ["c_learning", "nce_c_learning"])
+def test_c_learning_reaches_the_ends_of_the_line(loss):
+    _, scores = trained(c_learning, 25, updates_per_chunk=60, critic_lr=1e-3, target_rate=0.05, loss=loss)
+    assert scores["eval/success_any"] == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"future": "geometric"}, {"likelihood": "mse"}])
+def test_gcsl_and_gcbc_reach_the_ends_of_the_line(settings):
+    _, scores = trained(gcsl, 20, updates_per_chunk=60, **settings)
+    assert scores["eval/success_any"] == 1
+
+
+def test_the_classifiers_recover_the_discounted_occupancy_of_a_chain(monkeypatch):
+    """exp f(s, a, g) = p(g | s, a) / p(g), here under a policy that does not learn: the occupancy that
+    test_crl_learns.py computes in closed form for the same chain."""
+    rng, size, discount = np.random.default_rng(0), 5, 0.8
+    move = np.zeros((size, 2, size))
+    for s in range(size):
+        for a in range(2):
+            move[s, a, min(max(s + (1 if a else -1), 0), size - 1)] += 0.9
+            move[s, a, s] += 0.1
+    behaviour = np.array([0.35, 0.65])
+    under_policy = np.einsum("a,sat->st", behaviour, move)
+    occupancy = (1 - discount) * np.einsum("sat,tg->sag", move, np.linalg.inv(np.eye(size) - discount * under_policy))
+
+    num_envs, time = 64, 400
+    states, actions = np.zeros((time + 1, num_envs), int), rng.choice(2, p=behaviour, size=(time, num_envs))
+    states[0] = rng.integers(size, size=num_envs)
+    for t in range(time):
+        cumulative = move[states[t], actions[t]].cumsum(-1)
+        states[t + 1] = (rng.random((num_envs, 1)) > cumulative).sum(-1)
+    marginal = np.bincount(states[1:].ravel(), minlength=size) / time / num_envs
+    one_hot, one_hot_action = np.eye(size, dtype=np.float32), np.eye(2, dtype=np.float32)
+    rows = c_learning.Transition(one_hot[states[:-1]], one_hot_action[actions], one_hot[states[1:]])
+    replay = buffer.init(jax.tree.map(lambda x: jnp.zeros(x.shape[2:]), rows), time, num_envs)
+    replay = buffer.add(replay, jax.tree.map(jnp.array, rows), jnp.zeros((time, num_envs), bool))
+
+    class Behaviour(Fixed):
+        def sample(self, key):
+            return jax.nn.one_hot(jax.random.bernoulli(key, behaviour[1], (config.batch_size,)).astype(int), 2)
+
+    monkeypatch.setattr(c_learning, "policy", lambda *_: Behaviour(None))
+    config = c_learning.Config(width=32, batch_size=256, discount=discount)
+    agent = c_learning.make_agent(config, Sizes(size, 2, size), jax.random.key(0))
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, 3000, 0.01))
+
+    def step(carry, key):
+        critics, target, optimizer_state = carry
+        batch_key, next_key = jax.random.split(key)
+        batch = c_learning.sample(config, Sizes(size, 2, size), replay, batch_key)
+        gradient, _ = jax.grad(c_learning.critic_loss, has_aux=True)(critics, agent, target, batch, next_key, config)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state)
+        critics = optax.apply_updates(critics, updates)
+        return (critics, optax.incremental_update(critics, target, 0.05), optimizer_state), None
+
+    carry = agent.critics, agent.critics, optimizer.init(agent.critics)
+    keys = jax.random.split(jax.random.key(1), 3000)
+    (critics, *_), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))(carry)
+    s, a, g = (x.ravel() for x in np.meshgrid(np.arange(size), np.arange(2), np.arange(size), indexing="ij"))
+    f = c_learning.logits(critics, jnp.array(one_hot[s]), jnp.array(one_hot_action[a]), jnp.array(one_hot[g]))
+    learned = np.exp(np.asarray(f.mean(axis=0), np.float64)).reshape(size, 2, size) * marginal
+    error = np.abs(learned / learned.sum(-1, keepdims=True) - occupancy).sum(-1) / 2
+    assert error.max() < 0.1, error
+    assert np.abs(marginal - occupancy).sum(-1).max() / 2 > 0.3, "a classifier that learned nothing is far away"
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+
+
+TINY = [
+    *("--num_envs=8", "--episode_length=20", "--unroll_length=20", "--min_replay_size=40", "--max_replay_size=60"),
+    *("--batch_size=16", "--updates_per_chunk=2", "--width=16", "--num_eval_envs=4", "--eval_every=320"),
+    *("--checkpoint_every=160", "--final_lr_fraction=1"),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(script, tmp_path, capsys):
+    """Of two seeds; its agent can be loaded."""
+    flags = [script.__name__, *TINY, "--num_seeds=2"]
+    script.main([*flags, "--total_env_steps=1280", f"--run_dir={tmp_path / 'whole'}"])
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "whole")
+    script.main([*flags, "--total_env_steps=800", f"--run_dir={tmp_path / 'part'}"])
+    script.main([script.__name__, "--total_env_steps=1280", f"--resume={tmp_path / 'part'}"])
+
+    def rows(name):
+        kept = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
+        return [{k: v for k, v in row.items() if k not in run.TIMING_COLUMNS and "eval" not in k} for row in kept]
+
+    assert rows("part") == rows("whole") and len(rows("whole")) == 2 * 6
+    pictures = {"curve.png", "rollout.gif", "trajectories.png"} | ({"value_map.png"} if script is not gcsl else set())
+    assert pictures <= {path.name for path in (tmp_path / "whole").iterdir()}
+    _, env, agent = script.load(tmp_path / "whole", seed=1)
+    state = env.reset(jax.random.key(0))
+    assert np.isfinite(script.policy(agent, state.observation, state.goal).mode()).all()
+
+
+def test_the_published_hyperparameters_of_sac_are_one_flag():
+    config = run.configure(sac.Config, sac.RECIPES, None, ["sac.py", "--env=ant", "--published", "--her_share=0.7"])
+    assert (config.discount, config.actor_lr, config.critic_lr, config.alpha_lr) == (0.9, 1e-4, 1e-4, 3e-4)
+    assert (config.her, config.her_share, config.norm, config.activation, config.residual) == (
+        *("final", 0.7, "none", "relu", False),
+    )
+    assert run.configure(sac.Config, sac.RECIPES, None, ["sac.py", "--env=ant"]).discount == 0.99
+
+
+def test_defaults_are_those_of_crl():
+    ours = {field.name: field.default for field in crl.dataclasses.fields(crl.Config)}
+    for script in SCRIPTS:
+        for field in crl.dataclasses.fields(script.Config):
+            if field.name in set(ours) - {"loss", "random_goals"}:
+                assert field.default == ours[field.name], (script, field.name)
