@@ -42,13 +42,14 @@ RECIPES = {
         --actor_lr 1e-3 --critic_lr 1e-3 --final_lr_fraction 0.05
         --goal_switch_probability 0.1 --eval_every 200_000 --checkpoint_every 500_000
     """,
+    **evaluation.BUDGETS,
 }
 """Flags for environments whose name matches a pattern; a flag that is given overrides them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(run.RunConfig):
-    """Defaults are those of crl.py where it has them, so that a comparison is one of losses."""
+    """Defaults are those of crl.py where it has them, but for random_goals, so that a comparison is one of losses."""
 
     env: str = "point_u_maze"
     """Environment to train in, a name of envs.names()."""
@@ -300,8 +301,8 @@ def sample(config: Config, env: GoalEnv, replay: buffer.Replay, key: Key[Array, 
     near = env.achieved_goal(row.next_observation)
     later = env.achieved_goal(buffer.gather(replay, pairs.future, pairs.env).next_observation)
     share = (1 - config.discount) / (2 - config.discount) if config.loss == "nce_c_learning" else 1
-    rows = jnp.arange(config.batch_size)[:, None]
-    future = jnp.where(rows < math.floor(share * config.batch_size + 1e-6), near, later)
+    near_rows = max(1, math.floor(share * config.batch_size + 1e-6))
+    future = jnp.where(jnp.arange(config.batch_size)[:, None] < near_rows, near, later)
     return Batch(*row, future, jnp.roll(future, -1, axis=0))
 
 

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int, Key
 from envs import GoalEnv, VectorState, select
 from shared import evaluation, pictures, run
 from shared import replay as buffer
-from shared.networks import Depth, NetworkOptions, ResidualMLP, SquashedGaussian, over_batch
+from shared.networks import Depth, NetworkOptions, ResidualMLP, SquashedGaussian, over_batch, project
 from shared.run import Count, Fraction, Positive, Share, Steps, Weight
 
 # ---- config -------------------------------------------------------------------------------------------------------
@@ -42,11 +42,11 @@ RECIPES = {
         --actor_lr 1e-3 --critic_lr 1e-3 --alpha_lr 1e-3 --final_lr_fraction 0.05
         --goal_switch_probability 0.1 --random_goals 0.5 --eval_every 200_000 --checkpoint_every 500_000
     """,
-    "humanoid_*_maze": "--total_env_steps 400_000_000",
-    "ant_u5_maze": "--total_env_steps 400_000_000",
-    "ant_hardest_maze": "--total_env_steps 200_000_000",
+    **evaluation.BUDGETS,
+    "--published": "--goals fixed --relabel published --log_prob_epsilon 1e-6",
 }
-"""Flags for environments whose name matches a pattern; a flag that is given overrides them."""
+"""Flags for environments whose name matches a pattern, and those that one flag stands for; a flag that is given
+overrides them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Config(run.RunConfig):
     """Environment to train in, a name of envs.names(). The paper's ten tasks are on the page."""
     eval_env: str = ""
     """Environment with the same walls whose goals are the far goals of the evaluation; by default ENV_eval, if any."""
+    published: bool = False
+    """What the published code does where ours differs: --goals fixed --relabel published --log_prob_epsilon 1e-6."""
     total_env_steps: Steps = 100_000_000
     """Environment steps of a seed, prefill included; rounded up to whole chunks. Paper: 100 to 400 million."""
     num_envs: Count = 512
@@ -71,9 +73,9 @@ class Config(run.RunConfig):
     """Steps of each environment in one chunk."""
     updates_per_chunk: Count = 800
     """Gradient steps in one chunk, after its environment steps."""
-    min_replay_size: int = 1000
+    min_replay_size: Count = 1000
     """Transitions collected in each environment before the first gradient step, with the untrained policy."""
-    max_replay_size: int = 10_000
+    max_replay_size: Count = 10_000
     """Transitions kept for each environment."""
     relabel: Literal["episode", "published"] = "episode"
     """Law of the training goals: the discounted future of the whole episode, terminal state included; or that of the
@@ -90,17 +92,18 @@ class Config(run.RunConfig):
     """Depth of the two critic encoders, if other than depth."""
     width: Count = 256
     """Units in each layer."""
-    norm: Literal["layer", "none"] = "layer"
-    """LayerNorm after each Dense, or nothing."""
+    norm: Literal["layer", "none", "hyperspherical"] = "layer"
+    """LayerNorm after each Dense; nothing; or a root mean square of 1, with weights of norm 1 (SimbaV2)."""
     activation: Literal["swish", "relu"] = "swish"
     """Of each layer."""
     residual: bool = True
     """Add the input of each block of four layers to its output."""
     representation_size: Count = 64
     """Length of phi(s, a) and psi(g)."""
-    energy: Literal["norm", "l2", "dot", "cosine"] = "norm"
-    """f from phi and psi: minus their distance, minus the squared distance, inner product, cosine. The penalty below
-    presses all cosines to -1; take --logsumexp_penalty 0 with them."""
+    energy: Literal["norm", "l2", "dot", "cosine", "mrn"] = "norm"
+    """f from phi and psi: minus their distance, minus the squared distance, inner product, cosine, minus a quasimetric
+    (take it with --loss bwd_infonce --logsumexp_penalty 0). The penalty below presses all cosines to -1; take
+    --logsumexp_penalty 0 with them too."""
     loss: Literal["fwd_infonce", "bwd_infonce", "sym_infonce", "binary_nce"] = "fwd_infonce"
     """Classify the goal given state and action, the reverse, both, or each pair as true or false."""
     logsumexp_penalty: Weight = 0.1
@@ -112,6 +115,8 @@ class Config(run.RunConfig):
     """Entropy bonus with a learned weight alpha; without, the actor only maximises the critic."""
     target_entropy_scale: float = 0.5
     """The entropy that alpha aims at is minus this times the number of action dimensions."""
+    log_prob_epsilon: Weight = 0.0
+    """Added inside the logarithm of tanh's slope in log pi; 0 is exact (published: 1e-6)."""
     actor_lr: Positive = 3e-4
     """Adam's learning rate for the actor."""
     critic_lr: Positive = 3e-4
@@ -207,6 +212,8 @@ def energy(
         return -jnp.sqrt(jnp.sum((phi - psi) ** 2, axis=-1) + TINY)
     if kind == "l2":
         return -jnp.sum((phi - psi) ** 2, axis=-1)
+    if kind == "mrn":
+        return -mrn_distance(phi, psi)
     if kind == "cosine":
         phi, psi = unit(phi), unit(psi)
     return jnp.sum(phi * psi, axis=-1)
@@ -221,6 +228,8 @@ def pairwise_energy(
     representation array. Both are first moved by the goals' mean, which changes no distance and saves the digits that a
     common offset would cost.
     """
+    if kind == "mrn":
+        return -mrn_distance(phi[:, None], psi)
     if kind in ("norm", "l2"):
         centre = jax.lax.stop_gradient(psi.mean(axis=0))
         phi, psi = phi - centre, psi - centre
@@ -231,6 +240,15 @@ def pairwise_energy(
         return product
     squared = jnp.maximum(jnp.sum(phi**2, axis=-1)[:, None] + jnp.sum(psi**2, axis=-1) - 2 * product, 0)
     return -squared if kind == "l2" else -jnp.sqrt(squared + TINY)
+
+
+def mrn_distance(
+    phi: Float[Array, "*rows representation"], psi: Float[Array, "columns representation"]
+) -> Float[Array, "*pairs"]:
+    """The metric residual network (Liu et al. 2023): the Euclidean distance of the first halves, and the most by which
+    an entry of phi's second half exceeds psi's. It obeys the triangle inequality and is not symmetric."""
+    symmetric, asymmetric = jnp.split(phi - psi, 2, axis=-1)
+    return jnp.sqrt(jnp.sum(symmetric**2, axis=-1) + TINY) + jnp.max(jax.nn.relu(asymmetric), axis=-1)
 
 
 def unit(x: Float[Array, "batch representation"]) -> Float[Array, "batch representation"]:
@@ -300,7 +318,9 @@ def actor_loss(
     swap = lambda x: jnp.where(rows < config.random_goals * len(rows), jnp.roll(x, 1, axis=0), x)
     goal = swap(batch.goal)
     alpha = jnp.exp(agent.log_alpha) if config.entropy_tuning else jnp.zeros(())
-    action, log_prob = policy(agent._replace(actor=actor), batch.observation, goal).sample_and_log_prob(key)
+    action, log_prob = policy(agent._replace(actor=actor), batch.observation, goal).sample_and_log_prob(
+        key, config.log_prob_epsilon
+    )
     phi = agent.critic.encode_state_action(batch.observation, action)
     loss = jnp.mean(alpha * log_prob - energy(phi, swap(psi), config.energy))
     return loss, {"train/actor_loss": loss, "train/entropy": -jnp.mean(log_prob), "train/alpha": alpha}
@@ -414,7 +434,7 @@ def update(config: Config, env: GoalEnv, state: TrainState, key: Key[Array, ""])
     gradient = Agent(actor_gradient, critic_gradient, alpha_gradient)
     updates, optimizer = make_optimizer(config).update(gradient, state.optimizer)
     state = state._replace(
-        agent=optax.apply_updates(agent, updates), optimizer=optimizer, gradient_steps=state.gradient_steps + 1
+        agent=project(optax.apply_updates(agent, updates)), optimizer=optimizer, gradient_steps=state.gradient_steps + 1
     )
     return state, actor_info | critic_info
 
@@ -438,6 +458,8 @@ def evaluate(config: Config, env: GoalEnv, far_env: GoalEnv | None, agent: Agent
 def main(argv: list[str] | None = None) -> None:
     config = run.configure(Config, RECIPES, __doc__, argv)
     buffer.check(config)
+    even = config.energy != "mrn" or config.representation_size % 2 == 0
+    run.need(even, f"representation_size is {config.representation_size}; --energy=mrn halves it, so it is even")
     env, far_env = evaluation.make_envs(config)
     unsaved = () if config.checkpoint_replay else ("replay",)
     with run.Run(config, "crl", RECIPES, evaluation.SCORES, unsaved) as log:

@@ -40,6 +40,7 @@ RECIPES = {
         --actor_lr 1e-3 --final_lr_fraction 0.05
         --goal_switch_probability 0.1 --eval_every 200_000 --checkpoint_every 500_000
     """,
+    **evaluation.BUDGETS,
 }
 """Flags for environments whose name matches a pattern; a flag that is given overrides them."""
 
@@ -73,7 +74,8 @@ class Config(run.RunConfig):
     future: Literal["uniform", "geometric"] = "uniform"
     """Which later state of the episode is the goal: GCSL's law, or the discounted one (GCBC)."""
     likelihood: Literal["gaussian", "mse"] = "gaussian"
-    """Maximise the density of the action under the squashed Gaussian, or minimise the squared error of its mode."""
+    """Maximise the density of the action under the squashed Gaussian, or minimise the squared error of its mode; then
+    nothing trains its standard deviation, with which data are collected."""
     batch_size: Count = 512
     """Transitions in a gradient step."""
     discount: Fraction = 0.99

@@ -43,9 +43,10 @@ RECIPES = {
         --actor_lr 1e-3 --critic_lr 1e-3 --alpha_lr 1e-3 --final_lr_fraction 0.05
         --goal_switch_probability 0.1 --eval_every 200_000 --checkpoint_every 500_000
     """,
+    **evaluation.BUDGETS,
     "--published": """
-        --discount 0.9 --actor_lr 1e-4 --critic_lr 1e-4 --alpha_lr 3e-4 --her final --her_share 0.5
-        --norm none --activation relu --residual=false
+        --discount 0.9 --actor_lr 1e-4 --critic_lr 1e-4 --alpha_lr 3e-4 --final_lr_fraction 1 --batch_size 256
+        --her final --her_share 0.5 --goals fixed --width 256 --norm none --activation relu --residual=false
     """,
 }
 """Flags for environments whose name matches a pattern, and those that one flag stands for; a flag that is given
@@ -61,7 +62,7 @@ class Config(run.RunConfig):
     eval_env: str = ""
     """Environment with the same walls whose goals are the far goals of the evaluation; by default ENV_eval, if any."""
     published: bool = False
-    """JaxGCRL's discount, learning rates, plain ReLU layers and relabelling (page, deviations)."""
+    """JaxGCRL's discount, learning rates, batch, plain ReLU layers, relabelling and goals (page, deviations)."""
     total_env_steps: Steps = 100_000_000
     """Environment steps of a seed, prefill included; rounded up to whole chunks."""
     num_envs: Count = 512
@@ -82,9 +83,9 @@ class Config(run.RunConfig):
     """Transitions kept for each environment."""
     her: Literal["none", "final", "future", "geometric"] = "future"
     """The goal of a relabelled transition: what its episode reached at its end, at a later step (uniform), or at a
-    later step by the discount's law, as in crl.py."""
+    later step by the discount's law, as in crl.py. With none, all keep the commanded one."""
     her_share: Share = 0.8
-    """Share of a batch that is relabelled."""
+    """Share of a batch that is relabelled, unless --her none."""
     batch_size: Count = 512
     """Transitions in a gradient step."""
     discount: Fraction = 0.99

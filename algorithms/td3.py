@@ -1,12 +1,10 @@
 """TD3 with hindsight experience replay, in one file: what contrastive RL is compared with.
 
-Fujimoto et al., 'Addressing Function Approximation Error in Actor-Critic Methods' (2018, arXiv 1802.09477), with HER
-(Andrychowicz et al. 2017, arXiv 1707.01495), on the tasks and with the networks of crl.py.
+Fujimoto et al., 'Addressing Function Approximation Error in Actor-Critic Methods' (2018, arXiv 1802.09477), with the
+rewards and the relabelling (HER) of sac.py, on the tasks and with the networks of crl.py.
 
-The reward is 1 where a step ends within the success radius of the goal, else 0. Two critics Q(s, a, g) are regressed on
-r + discount (min of two slow copies at s' and at the noisy action of a slow copy of the actor). The actor is
-deterministic, explores with noise, and maximises the first critic, once in two steps. Most rows of a batch get another
-goal, one that their episode reached later (HER).
+Two critics Q(s, a, g) are regressed on r + discount (min of two slow copies at s' and at the noisy action of a slow
+copy of the actor). The actor is deterministic, explores with noise, and maximises the first critic, once in two steps.
 
     python algorithms/td3.py                                   a point robot finds its way out of a U (TD3 + HER)
     python algorithms/td3.py --her none                        plain TD3
@@ -42,6 +40,7 @@ RECIPES = {
         --actor_lr 1e-3 --critic_lr 1e-3 --final_lr_fraction 0.05
         --goal_switch_probability 0.1 --eval_every 200_000 --checkpoint_every 500_000
     """,
+    **evaluation.BUDGETS,
 }
 """Flags for environments whose name matches a pattern; a flag that is given overrides them."""
 
@@ -74,9 +73,9 @@ class Config(run.RunConfig):
     """Transitions kept for each environment."""
     her: Literal["none", "final", "future", "geometric"] = "future"
     """The goal of a relabelled transition: what its episode reached at its end, at a later step (uniform), or at a
-    later step by the discount's law, as in crl.py."""
+    later step by the discount's law, as in crl.py. With none, all keep the commanded one."""
     her_share: Share = 0.8
-    """Share of a batch that is relabelled."""
+    """Share of a batch that is relabelled, unless --her none."""
     batch_size: Count = 512
     """Transitions in a gradient step."""
     discount: Fraction = 0.99
@@ -380,7 +379,8 @@ def main(argv: list[str] | None = None) -> None:
     buffer.check(config)
     run.need(
         config.updates_per_chunk % config.policy_delay == 0,
-        f"updates_per_chunk is {config.updates_per_chunk}; it is a multiple of policy_delay ({config.policy_delay})",
+        f"updates_per_chunk is {config.updates_per_chunk}; it is a multiple of policy_delay, "
+        f"e.g. {max(1, config.updates_per_chunk // config.policy_delay) * config.policy_delay}",
     )
     env, far_env = evaluation.make_envs(config)
     with run.Run(config, "td3", RECIPES, evaluation.SCORES) as log:

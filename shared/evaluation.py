@@ -25,6 +25,14 @@ SCORES = run.Scores(
 )
 
 
+BUDGETS = {
+    "humanoid_*_maze": "--total_env_steps 400_000_000",
+    "ant_u5_maze": "--total_env_steps 400_000_000",
+    "ant_hardest_maze": "--total_env_steps 200_000_000",
+}
+"""Recipes of all goal-reaching algorithms: where '1000 Layer Networks' trains longer than 100 million steps."""
+
+
 def make_envs(config) -> tuple[GoalEnv, GoalEnv | None]:
     """The environment `env`, and the one with its far goals: `eval_env`, or by default that of the same name, if any.
 

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from annotated_types import Ge, MultipleOf
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 Depth = Annotated[int, Ge(4), MultipleOf(4)]
 """Layers inside the residual blocks, of four layers each."""
@@ -29,7 +29,8 @@ class NetworkOptions(NamedTuple):
     dtype: str = "float32"
     """Operands of the matrix products in the blocks; their sums, LayerNorm and the residual stream are float32."""
     norm: str = "layer"
-    """What follows each Dense: 'layer' (LayerNorm, epsilon 1e-6, as in Flax) or 'none'."""
+    """What follows each Dense: 'layer' (LayerNorm, epsilon 1e-6, as in Flax), 'hyperspherical' (a root mean square of
+    1, and weights that `project` keeps on the sphere) or 'none'."""
     activation: str = "swish"
     """A function of jax.nn, after the norm."""
     residual: bool = True
@@ -66,16 +67,36 @@ class Layer(eqx.Module):
     """Dense, norm, activation."""
 
     dense: Dense
-    norm: eqx.nn.LayerNorm | eqx.nn.Identity
+    norm: eqx.nn.LayerNorm | eqx.nn.RMSNorm | eqx.nn.Identity
     activation: str = eqx.field(static=True)
 
     def __init__(self, in_size: int, width: int, key: Key[Array, ""], options: NetworkOptions):
         self.dense = Dense(in_size, width, key, options.dtype)
-        self.norm = eqx.nn.LayerNorm(width, eps=1e-6) if options.norm == "layer" else eqx.nn.Identity()
         self.activation = options.activation
+        if options.norm == "hyperspherical":
+            self.norm = eqx.nn.RMSNorm(width, eps=1e-12, use_bias=False)
+            self.dense = on_sphere(self.dense)
+        else:
+            self.norm = eqx.nn.LayerNorm(width, eps=1e-6) if options.norm == "layer" else eqx.nn.Identity()
 
     def __call__(self, x: Float[Array, " in"]) -> Float[Array, " width"]:
         return getattr(jax.nn, self.activation)(self.norm(self.dense(x)))
+
+
+def on_sphere(dense: Dense) -> Dense:
+    """The layer whose units have weights of L2 norm 1 and no bias (Lee et al. 2025, SimbaV2)."""
+    norm = jnp.linalg.norm(dense.weight, axis=-1, keepdims=True)
+    return eqx.tree_at(lambda x: (x.weight, x.bias), dense, (dense.weight / norm, jnp.zeros_like(dense.bias)))
+
+
+def project(networks: PyTree) -> PyTree:
+    """Networks after an update: the weights of hyperspherical layers are back on the sphere, all others as they are."""
+
+    def back(x):
+        is_hyperspherical = isinstance(x, Layer) and isinstance(x.norm, eqx.nn.RMSNorm)
+        return eqx.tree_at(lambda layer: layer.dense, x, on_sphere(x.dense)) if is_hyperspherical else x
+
+    return jax.tree.map(back, networks, is_leaf=lambda x: isinstance(x, Layer))
 
 
 class Block(eqx.Module):
@@ -366,19 +387,23 @@ class SquashedGaussian(NamedTuple):
         x = jnp.arctanh(jnp.clip(action, -1 + 1e-6, 1 - 1e-6))
         return self._log_density((x - self.mean) * jnp.exp(-self.log_std), x)
 
-    def sample_and_log_prob(self, key: Key[Array, ""]) -> tuple[Float[Array, "*batch action"], Float[Array, "*batch"]]:
+    def sample_and_log_prob(
+        self, key: Key[Array, ""], epsilon: float = 0.0
+    ) -> tuple[Float[Array, "*batch action"], Float[Array, "*batch"]]:
         """A reparameterised sample and its log density.
 
         log |d tanh/dx| = log(1 - tanh(x)^2) is written as 2 (log 2 - x - softplus(-2x)), which stays finite and exact
-        where tanh(x) rounds to 1.
+        where tanh(x) rounds to 1. Published codes have log(1 - tanh(x)^2 + `epsilon`) with 1e-6.
         """
         noise = jax.random.normal(key, self.mean.shape)
         x = self.mean + jnp.exp(self.log_std) * noise
-        return jnp.tanh(x), self._log_density(noise, x)
+        return jnp.tanh(x), self._log_density(noise, x, epsilon)
 
-    def _log_density(self, noise, x):
+    def _log_density(self, noise, x, epsilon=0.0):
         log_normal = -0.5 * noise**2 - self.log_std - 0.5 * math.log(2 * math.pi)
         log_slope = 2 * (math.log(2) - x - jax.nn.softplus(-2 * x))
+        if epsilon:
+            log_slope = jnp.log(1 - jnp.tanh(x) ** 2 + epsilon)
         return (log_normal - log_slope).sum(-1)
 
 

@@ -127,7 +127,7 @@ def draw_value_map(env: GoalEnv, goals, x, y, maps, path) -> Path:
         axis.plot(*goal, "rX", markersize=12, zorder=3)
         axis.plot(*env.maze.positions("R").T, "wo", zorder=3)
         figure.colorbar(image, ax=axis, shrink=0.8)
-    figure.suptitle(f"{env.name}: f(s, mean action, goal); start o, goal x")
+    figure.suptitle(f"{env.name}: the critic of (s, mean action, goal); start o, goal x")
     return _save(figure, path)
 
 

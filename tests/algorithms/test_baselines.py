@@ -3,6 +3,7 @@ an update changes, and known answers."""
 
 import csv
 import inspect
+import math
 from functools import partial
 
 import jax
@@ -77,17 +78,18 @@ def test_hindsight_goals_stay_within_their_episode_after_a_fall():
     assert by_row(batch, states) == [{(5, 5, r)} for r in (0, 0, 1)] + [{(5.4, 5.3, 1.0)}] * 2
 
 
+@pytest.mark.parametrize("script", [sac, td3])
 @pytest.mark.parametrize(("her", "share"), [("none", 0.8), ("future", 0.25), ("geometric", 1.0), ("final", 0.5)])
-def test_rows_keep_their_commanded_goal_or_get_one_that_their_episode_reached(her, share):
+def test_rows_keep_their_commanded_goal_or_get_one_that_their_episode_reached(script, her, share):
     """Against a loop over a recorded buffer with time limits."""
-    config = sac.Config(
+    config = script.Config(
         num_envs=4, episode_length=9, unroll_length=40, max_replay_size=40, width=8, her=her, her_share=share,
         batch_size=200, total_env_steps=100_000,
     )  # fmt: skip
     env = envs.make("point_u_maze")
-    state = jax.jit(lambda key: sac.collect(config, env, sac.init(config, env, key)))(jax.random.key(0))
+    state = jax.jit(lambda key: script.collect(config, env, script.init(config, env, key)))(jax.random.key(0))
     rows = jax.tree.map(np.asarray, state.replay.data)
-    batch = jax.tree.map(np.asarray, sac.sample(config, env, state.replay, jax.random.key(1)))
+    batch = jax.tree.map(np.asarray, script.sample(config, env, state.replay, jax.random.key(1)))
     hindsight = 0
     for i in range(200):
         (t, e), *_ = np.argwhere((rows.observation == batch.observation[i]).all(-1))
@@ -258,7 +260,7 @@ def test_targets_follow_in_closed_form(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_update_changes_every_network_and_only_by_its_own_loss(script):
+def test_an_update_changes_every_network_and_targets_carry_no_gradient(script):
     config, state = begun(script)
     arguments = (config,) if script is gcsl else (config, Line())
     new, _ = jax.jit(partial(script.update, *arguments))(state, jax.random.key(1))
@@ -276,7 +278,7 @@ def test_an_update_changes_every_network_and_only_by_its_own_loss(script):
             state.agent.critics, agent, target, batch, jax.random.key(3), config
         )[0]
         frozen = jax.grad(loss, (0, 1))(agent, target)
-    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(frozen)), "the target carries no gradient"
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(frozen))
 
 
 def test_the_actor_of_td3_moves_once_in_two_steps_and_its_target_from_the_target():
@@ -306,14 +308,91 @@ def test_gcsl_losses_equal_numpy():
     np.testing.assert_allclose(gcsl.actor_loss(state.agent, batch, config)[0], error, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("future", "discount"), [("uniform", 1), ("geometric", 0.6)])
-def test_gcsl_draws_its_goals_by_the_law_that_it_names(future, discount, monkeypatch):
-    config, state = begun(gcsl, future=future, discount=0.6)
+@pytest.mark.parametrize(
+    ("script", "settings", "discount"),
+    [
+        (gcsl, {"future": "uniform"}, 1),
+        (gcsl, {"future": "geometric"}, 0.6),
+        *((script, {"her": "future"}, 1) for script in (sac, td3)),
+        *((script, {"her": "geometric"}, 0.6) for script in (sac, td3)),
+        *((script, {"her": "final"}, math.inf) for script in (sac, td3)),
+        (c_learning, {"loss": "nce_c_learning"}, 0.6),
+    ],
+)
+def test_futures_are_drawn_by_the_law_that_is_named(script, settings, discount, monkeypatch):
+    """The laws themselves: tests/shared/test_replay.py."""
+    config, state = begun(script, discount=0.6, **settings)
     asked = []
     law = buffer.sample_future
     monkeypatch.setattr(buffer, "sample_future", lambda *args: asked.append(args[3]) or law(*args))
-    gcsl.sample(config, state.replay, jax.random.key(1))
+    script.sample(*((config,) if script is gcsl else (config, Line())), state.replay, jax.random.key(1))
     assert asked == [discount]
+
+
+@pytest.mark.parametrize("script", [sac, td3, c_learning])
+def test_actor_losses_equal_numpy(script):
+    config, state = begun(script, **({"random_goals": 0.25} if script is c_learning else {}))
+    batch, key = script.sample(config, Line(), state.replay, jax.random.key(1)), jax.random.key(2)
+    goal = np.asarray(batch.goal if script is not c_learning else batch.future)
+    if script is c_learning:
+        goal = np.concatenate([np.asarray(batch.random)[:8], goal[8:]])
+    network = state.agent.actor.network if script is td3 else state.agent.actor
+    output = np.asarray(jax.vmap(network)(jnp.concatenate([batch.observation, goal], axis=1)), np.float64)
+    mean, log_std = output[:, :1], -5 + 3.5 * (np.tanh(output[:, 1:]) + 1)
+    noise = np.asarray(jax.random.normal(key, mean.shape), np.float64)
+    x = mean if script is td3 else mean + np.exp(log_std) * noise
+    inputs = jnp.concatenate([batch.observation, jnp.array(np.tanh(x), jnp.float32), goal], axis=1)
+    critics = [jax.tree.map(lambda leaf, j=j: leaf[j], state.agent.critics) for j in range(2)]
+    q = np.stack([np.asarray(jax.vmap(critic)(inputs))[:, 0] for critic in critics])
+    if script is td3:
+        loss, expected = td3.actor_loss(state.agent.actor, state.agent, batch)[0], -q[0].mean()
+    elif script is c_learning:
+        loss = c_learning.actor_loss(state.agent.actor, state.agent, batch, key, config)[0]
+        expected = -(1 / (1 + np.exp(-q.min(axis=0)))).mean()
+    else:
+        agent = state.agent._replace(log_alpha=jnp.log(0.7))
+        density = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi) - np.log(1 - np.tanh(x) ** 2)
+        loss, info = sac.actor_loss(agent.actor, agent, batch, key)
+        expected = np.mean(0.7 * density[:, 0] - q.min(axis=0))
+        np.testing.assert_allclose(info["train/entropy"], -density.mean(), rtol=1e-3)
+        gradient = jax.grad(sac.alpha_loss)(jnp.log(0.5), jnp.array(3.0), 1.0)
+        np.testing.assert_allclose(gradient, 0.5 * (3.0 - 1.0), rtol=1e-6)
+    np.testing.assert_allclose(loss, expected, rtol=2e-3, atol=1e-5)
+    assert np.abs(q[0] - q[1]).max() > 1e-3, "the two networks differ"
+
+
+class Cliff(Line):
+    """A robot that goes beyond 0.1 falls."""
+
+    def step(self, state, action):
+        after = super().step(state, action)
+        return after._replace(terminated=after.observation[0] > 0.1)
+
+
+@pytest.mark.parametrize("script", [sac, td3])
+def test_a_fall_is_a_termination_and_the_time_limit_is_not(script):
+    config, _ = begun(script)
+    state = script.collect(config, Cliff(), script.init(config, Cliff(), jax.random.key(0)))
+    rows = jax.tree.map(np.asarray, state.replay.data)
+    fell = rows.next_observation[..., 0] > 0.1
+    np.testing.assert_array_equal(rows.terminated, fell)
+    ended = rows.next_observation[:-1, :, 0] != rows.observation[1:, :, 0]  # an episode starts at 0
+    assert fell.sum() > 5 and (ended & ~fell[:-1]).sum() > 5
+    np.testing.assert_array_equal(rows.observation[1:][ended], 0)
+
+
+def test_learning_rates_of_td3_fall_to_their_share_at_the_end():
+    config, _ = begun(td3, final_lr_fraction=0.1, actor_lr=1e-2, critic_lr=1e-1)
+    total = buffer.total_updates(config)
+    for adam, steps, rate in zip(td3.make_optimizers(config), (total // 2, total), (1e-2, 1e-1)):
+        state = adam.init(jnp.zeros(()))
+        state = jax.tree.map(lambda x, n=steps: jnp.full_like(x, n) if x.dtype == jnp.int32 else x, state)
+        update, _ = adam.update(jnp.ones(()), state)
+        before, _ = adam.update(jnp.ones(()), adam.init(jnp.zeros(())))
+        np.testing.assert_allclose(before, -rate, rtol=1e-4)
+        # Adam after so many steps without a gradient
+        first, second = 0.1 / (1 - 0.9 ** (steps + 1)), 0.001 / (1 - 0.999 ** (steps + 1))
+        np.testing.assert_allclose(update, -0.1 * rate * first / np.sqrt(second), rtol=1e-3)
 
 
 # ---- known answers -------------------------------------------------------------------------------------------------
@@ -458,6 +537,9 @@ def test_the_published_hyperparameters_of_sac_are_one_flag():
     assert (config.her, config.her_share, config.norm, config.activation, config.residual) == (
         *("final", 0.7, "none", "relu", False),
     )
+    assert (config.goals, config.width, config.batch_size) == ("fixed", 256, 256)
+    point = run.configure(sac.Config, sac.RECIPES, None, ["sac.py", "--published"])
+    assert (point.width, point.final_lr_fraction, point.num_envs) == (256, 1, 256)
     assert run.configure(sac.Config, sac.RECIPES, None, ["sac.py", "--env=ant"]).discount == 0.99
 
 
@@ -467,3 +549,8 @@ def test_defaults_are_those_of_crl():
         for field in crl.dataclasses.fields(script.Config):
             if field.name in set(ours) - {"loss", "random_goals"}:
                 assert field.default == ours[field.name], (script, field.name)
+        for env in ("humanoid_u_maze", "ant_hardest_maze", "ant"):
+            budgets = {
+                run.configure(x.Config, x.RECIPES, None, ["", f"--env={env}"]).total_env_steps for x in (script, crl)
+            }
+            assert len(budgets) == 1

@@ -10,7 +10,7 @@ import envs
 from algorithms import crl
 from shared import run
 
-KINDS = ("norm", "l2", "dot", "cosine")
+KINDS = ("norm", "l2", "dot", "cosine", "mrn")
 
 
 def numpy_energy(phi, psi, kind):
@@ -19,10 +19,11 @@ def numpy_energy(phi, psi, kind):
         "l2": lambda: -np.sum((phi - psi) ** 2),
         "dot": lambda: phi @ psi,
         "cosine": lambda: phi @ psi / np.linalg.norm(phi) / np.linalg.norm(psi),
+        "mrn": lambda: -np.linalg.norm((phi - psi)[: len(phi) // 2]) - max(0, (phi - psi)[len(phi) // 2 :].max()),
     }[kind]()
 
 
-def representations(offset=0.0, batch=12, size=5):
+def representations(offset=0.0, batch=12, size=6):
     rng = np.random.default_rng(0)
     return (rng.normal(size=(2, batch, size)) + offset).astype(np.float32)
 
@@ -60,6 +61,23 @@ def test_gradients_are_finite_where_representations_coincide(kind):
     for function in (crl.energy, crl.pairwise_energy):
         gradient = jax.grad(lambda x, f=function: jnp.sum(f(x, phi, kind)))(phi)
         assert jnp.isfinite(gradient).all()
+
+
+def test_the_quasimetric_is_that_of_the_sheet():
+    """Golden numbers of baselines_gcrl, 9.5."""
+    x, y = jnp.array([[0.5, -1, 2, 0.3, 1, -0.4]]), jnp.array([[0.1, 0.2, 1.5, 0.9, -0.5, 0.1]])
+    np.testing.assert_allclose(crl.mrn_distance(x, y), 2.860147, atol=1e-5)
+    np.testing.assert_allclose(crl.mrn_distance(y, x), 1.960147, atol=1e-5)
+    x = jnp.array([(0.5, -1, 2, 0.3), (0, 0.4, -1, 1), (1.2, 0.3, 0.6, -0.7)])
+    y = jnp.array([(0.4, -0.8, 1.5, 0.5), (0.2, 0.1, -0.6, 0.4), (1, 0.9, 0.3, -0.2)])
+    logits = crl.pairwise_energy(x, y, "mrn")
+    distances = [(0.723607, 3.740175, 3.664688), (1.764911, 0.960555, 2.318034), (1.360147, 2.219804, 0.932456)]
+    np.testing.assert_allclose(-logits, distances, atol=1e-5)
+    np.testing.assert_allclose(crl.contrastive_loss(logits, "bwd_infonce"), 0.401170, atol=1e-5)
+    np.testing.assert_allclose(crl.contrastive_loss(logits, "fwd_infonce"), 0.428932, atol=1e-5)
+    triples = np.random.default_rng(0).normal(size=(3, 200, 6)).astype(np.float32)
+    a, b, c = map(jnp.array, triples)
+    assert (crl.mrn_distance(a, b) + crl.mrn_distance(b, c) >= crl.mrn_distance(a, c) - 1e-5).all()
 
 
 def numpy_contrastive_loss(logits, kind):

@@ -30,6 +30,7 @@ BAD_INPUT = {
         (["--min_replay_size=5000"], r"min_replay_size is 5000; it lies in 2 to max_replay_size"),
         (["--random_goals=1.5"], r"random_goals is 1.5; it lies in \[0, 1\]"),
         (["--total_env_steps=10"], r"total_env_steps is 10; it must exceed the prefill of 25600"),
+        (["--energy=mrn", "--representation_size=63"], r"representation_size is 63; --energy=mrn halves it"),
         (["--loss=nce"], r"fwd_infonce\|bwd_infonce\|sym_infonce\|binary_nce"),
         (["--resume=/tmp"], r"/tmp is not a run folder"),
         (["--run_dir=" + "x" * 300], r"cannot write run folder x+: File name too long"),
@@ -72,7 +73,7 @@ BAD_INPUT = {
         (["--resume=/tmp"], r"/tmp is not a run folder"),
     ],
     td3: [
-        (["--policy_delay=3"], r"updates_per_chunk is 128; it is a multiple of policy_delay \(3\)"),
+        (["--policy_delay=3"], r"updates_per_chunk is 128; it is a multiple of policy_delay, e.g. 126"),
         (["--policy_delay=0"], r"policy_delay is 0; it is at least 1"),
         (["--exploration_noise=-1"], r"exploration_noise is -1.0; it is at least 0"),
         (["--alpha_lr=1"], r"alpha_lr"),

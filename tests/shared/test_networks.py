@@ -13,16 +13,19 @@ import pytest
 from scipy import stats
 from stubs import Sizes
 
+import envs
 from algorithms import crl
 from shared import run
 from shared.networks import (
     ImpalaCNN,
+    Layer,
     NetworkOptions,
     NormedDense,
     ResidualMLP,
     SquashedGaussian,
     count_parameters,
     over_batch,
+    project,
     unit_weights,
 )
 
@@ -86,6 +89,43 @@ def test_the_ablations_of_the_paper_are_flags_of_the_block(flag):
     ablated = {name: getattr(config, name) for name in ("norm", "activation", "residual")}
     np.testing.assert_allclose(network(x), numpy_forward(network, x, **ablated), rtol=1e-4, atol=1e-5)
     assert np.abs(network(x) - build()[1](x)).max() > 1e-2
+
+
+def test_hyperspherical_layers_are_those_of_the_sheet():
+    """Golden numbers of baselines_gcrl, 9.6: the minimal form, two layers and a skip."""
+
+    def kernel(k):  # (in, out)
+        a, b = np.indices((4, 4))
+        return ((7 * a + 3 * b + k) % 11 - 5) / 5
+
+    def layer(k):
+        made = Layer(4, 4, jax.random.key(0), NetworkOptions(norm="hyperspherical"))
+        dense = eqx.tree_at(lambda dense: dense.weight, made.dense, jnp.array(kernel(k).T, jnp.float32))
+        return project(eqx.tree_at(lambda layer: layer.dense, made, dense))
+
+    np.testing.assert_allclose(layer(0).dense.weight[:, 0], [-0.656532, -0.320256, 0.196116, 0.624695], atol=1e-6)
+    h = jnp.array([0.265067, -0.646498, 0.700434, 0.145507])
+    golden = [-0.013198, -0.798577, 0.967037, 1.333652]
+    np.testing.assert_allclose(h + layer(5)(layer(3)(h)), golden, atol=2e-6)
+
+
+def test_hyperspherical_weights_stay_on_the_sphere_through_updates():
+    config = crl.Config(
+        num_envs=4, episode_length=9, unroll_length=40, min_replay_size=40, max_replay_size=40, batch_size=16, width=8,
+        updates_per_chunk=3, total_env_steps=1000, norm="hyperspherical",
+    )  # fmt: skip
+    env = envs.make("point_u_maze")
+    state = crl.init(config, env, jax.random.key(0))
+    hidden = lambda network: [network.stem, network.blocks.layers]
+    for agent in (state.agent, jax.jit(lambda s: crl.learn(config, env, crl.collect(config, env, s))[0])(state).agent):
+        for network in (agent.actor, agent.critic.phi, agent.critic.psi):
+            for layers in hidden(network):
+                np.testing.assert_allclose(np.linalg.norm(layers.dense.weight, axis=-1), 1, atol=1e-6)
+                assert not np.any(layers.dense.bias)
+            assert np.abs(np.linalg.norm(network.head.weight, axis=-1) - 1).min() > 1e-3
+    plain = crl.make_agent(crl.Config(width=8), env, jax.random.key(0))
+    for ours, same in zip(jax.tree.leaves(project(plain)), jax.tree.leaves(plain)):
+        assert ours is same
 
 
 def squares(forward, network, x):
@@ -170,6 +210,15 @@ def test_log_prob_of_a_given_action():
     np.testing.assert_allclose(again, log_prob, atol=2e-3)
     gradient = jax.grad(lambda mean: SquashedGaussian(mean, jnp.zeros(1)).log_prob(jnp.ones(1)))(jnp.zeros(1))
     np.testing.assert_allclose(gradient, np.arctanh(1 - 1e-6), rtol=1e-2)
+
+
+def test_the_published_epsilon_is_inside_the_logarithm():
+    distribution = SquashedGaussian(jnp.array([4.0, 0.5]), jnp.array([-1.0, 0.3]))
+    _, exact = distribution.sample_and_log_prob(jax.random.key(0))
+    _, published = distribution.sample_and_log_prob(jax.random.key(0), 1e-6)
+    x = np.asarray(distribution.mean + jnp.exp(distribution.log_std) * jax.random.normal(jax.random.key(0), (2,)))
+    slope = 1 - np.tanh(x.astype(float)) ** 2
+    np.testing.assert_allclose(exact - published, np.sum(np.log(slope + 1e-6) - np.log(slope)), atol=1e-3)
 
 
 def test_log_prob_and_its_gradient_stay_finite_far_out():
