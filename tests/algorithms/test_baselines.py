@@ -361,20 +361,20 @@ def test_actor_losses_equal_numpy(script):
     assert np.abs(q[0] - q[1]).max() > 1e-3, "the two networks differ"
 
 
-class Cliff(Line):
-    """A robot that goes beyond 0.1 falls."""
+class Holes(Line):
+    """The robot falls in many narrow places."""
 
     def step(self, state, action):
         after = super().step(state, action)
-        return after._replace(terminated=after.observation[0] > 0.1)
+        return after._replace(terminated=jnp.floor(100 * after.observation[0]) % 10 == 3)
 
 
 @pytest.mark.parametrize("script", [sac, td3])
 def test_a_fall_is_a_termination_and_the_time_limit_is_not(script):
     config, _ = begun(script)
-    state = script.collect(config, Cliff(), script.init(config, Cliff(), jax.random.key(0)))
+    state = script.collect(config, Holes(), script.init(config, Holes(), jax.random.key(0)))
     rows = jax.tree.map(np.asarray, state.replay.data)
-    fell = rows.next_observation[..., 0] > 0.1
+    fell = np.floor(100 * rows.next_observation[..., 0]) % 10 == 3
     np.testing.assert_array_equal(rows.terminated, fell)
     ended = rows.next_observation[:-1, :, 0] != rows.observation[1:, :, 0]  # an episode starts at 0
     assert fell.sum() > 5 and (ended & ~fell[:-1]).sum() > 5
