@@ -349,17 +349,19 @@ def same_facts(names: list[str]) -> str:
     return f"{seeds} seeds, {steps:,} environment steps each; {device}; commit {commits}"
 
 
-def minicraft_table(root: str) -> str:
-    metrics, panels = FIGURES["achievements"]
+def parts_table(figure: str, root: str) -> str:
+    """The last evaluations of a figure with one panel, a row a line."""
+    metrics, panels = FIGURES[figure]
+    ((_, parts),) = panels.items()
     rows = [
         [
             f"`{made(name)['command'].removeprefix('python algorithms/')}` ([CSV]({root}results/{name}.csv))",
             label,
             *(entry(last(read(name), metric)) for metric in metrics),
         ]
-        for label, name in panels["parts"].items()
+        for label, name in parts.items()
     ]
-    text = f"{same_facts(list(panels['parts'].values()))}."
+    text = f"{same_facts(list(parts.values()))}."
     return f"{text}\n\n{table(['command', 'what', *metrics.values()], rows)}"
 
 
@@ -441,7 +443,8 @@ TABLES = {
     "demo": demo_table,
     "depth": depth_table,
     "choices": choices_table,
-    "minicraft": minicraft_table,
+    "minicraft": lambda root: parts_table("achievements", root),
+    "craftax": lambda root: parts_table("craftax", root),
     "adaptation": adaptation_table,
     "bench_depth": partial(measured_table, "bench_depth_cpu", DEPTH),
     "bench_scripts": partial(measured_table, "bench_scripts_cpu", SCRIPTS),

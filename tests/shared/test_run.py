@@ -69,6 +69,16 @@ def test_flags_override_the_recipe_which_overrides_the_defaults():
     assert configure("--flag").flag is True
 
 
+def test_a_flag_may_stand_for_a_recipe(tmp_path):
+    recipes = {**RECIPES, "--tensorboard": "--rate 0.2 --kind b"}
+    configured = lambda *flags: run.configure(Config, recipes, None, ["script.py", *flags])
+    assert configured("--tensorboard") == Config(tensorboard=True, rate=0.2, kind="b", size=3, flag=False)
+    assert configured("--tensorboard", "--rate=0.3").rate == 0.3
+    assert configured("--tensorboard=false") == configured() == Config(rate=0.1, size=3, flag=False)
+    config = configured("--tensorboard", "--rate=0.3", f"--run_dir={tmp_path}")
+    assert set(run._changed(config, recipes)) == {"tensorboard", "rate", "run_dir"}, "the recipe itself is not told"
+
+
 def test_help_shows_every_field_with_its_text_and_the_defaults_in_force(capsys):
     with pytest.raises(SystemExit) as exit_:
         configure("--help")
