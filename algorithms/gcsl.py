@@ -68,7 +68,7 @@ class Config(run.RunConfig):
     updates_per_chunk: Count = 800
     """Gradient steps in one chunk, after its environment steps."""
     min_replay_size: Count = 1000
-    """Transitions collected in each environment before the first gradient step, with the untrained policy."""
+    """Transitions collected in each environment before the first gradient step, with uniform actions."""
     max_replay_size: Count = 10_000
     """Transitions kept for each environment."""
     future: Literal["uniform", "geometric"] = "uniform"
@@ -201,15 +201,18 @@ def init(config: Config, env: GoalEnv, key: Key[Array, ""]) -> TrainState:
 
 
 def collect(config: Config, env: GoalEnv, state: TrainState) -> TrainState:
-    """Steps every environment `unroll_length` times with sampled actions, and stores what happened."""
+    """Steps every environment `unroll_length` times with sampled actions, and stores what happened. Before the first
+    gradient step actions are uniform: an untrained policy may go one way only, and then learns no other."""
     vector = evaluation.vector_env(config, env)
     key, unroll_key = jax.random.split(state.key)
 
     def step(carry: tuple[VectorState, Transition], key):
         before, previous = carry
-        action_key, switch_key, goal_key = jax.random.split(key, 3)
+        action_key, uniform_key, switch_key, goal_key = jax.random.split(key, 4)
         observation, goal = before.env.observation, before.env.goal
         action = policy(state.agent, observation, goal).sample(action_key)
+        uniform = jax.random.uniform(uniform_key, action.shape, minval=-1.0)
+        action = jnp.where(state.gradient_steps == 0, uniform, action)
         current, after, truncated = vector.step(before, action)
         current = vector.switch_goals(current, config.goal_switch_probability, switch_key, goal_key)
         transition = Transition(observation, action, env.achieved_goal(after.observation))
