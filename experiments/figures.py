@@ -90,6 +90,14 @@ FIGURES = {
             }
         },
     ),
+    "craftax": Figure(
+        {
+            "eval/score": "score, fresh episodes, %",
+            "train/score": "score in training, %",
+            "eval/return": "return, fresh episodes",
+        },
+        {"craftax_classic_symbolic": {"PPO with achievement distillation": "craftax", "plain PPO": "craftax_plain"}},
+    ),
 }
 
 

@@ -63,6 +63,7 @@ RUNS = {
     "minicraft_regularisers": "ppo_ad.py --num_seeds 5 --temperature 1e9",
     "minicraft_no_memory": "ppo_ad.py --num_seeds 5 --memory=false",
     "minicraft_plain": "ppo_ad.py --num_seeds 5 --distill=false",
+    "craftax": "ppo_ad.py --env craftax_classic_symbolic --latent_size 256 --num_seeds 5",
     "craftax_plain": "ppo_ad.py --env craftax_classic_symbolic --latent_size 256 --num_seeds 5 --distill=false",
     "point_goal": _point_goal(),
     "point_goal_pearl": _point_goal("--contrastive=false"),
