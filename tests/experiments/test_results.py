@@ -51,7 +51,7 @@ def test_what_stands_between_two_empty_tables_stays():
 
 def test_the_readme_has_its_tables_and_no_other_result():
     assert {table for page, table in GENERATED if page == "README.md"} == {
-        *("demo", "depth", "minicraft", "adaptation", "bench_depth", "bench_scripts", "bench_ratios")
+        *("demo", "depth", "minicraft", "craftax", "adaptation", "bench_depth", "bench_scripts", "bench_ratios")
     }
     assert {table for _, table in GENERATED} == set(figures.TABLES)
     prose = figures.SPOT.sub("", (ROOT / "README.md").read_text())
