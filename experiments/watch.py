@@ -45,7 +45,8 @@ def group(folders: list[Path]) -> dict[str, list[Path]]:
         script = {"script": Path(made["command"].split()[1]).name}
         settings[folder] = script | {k: v for k, v in made["config"].items() if k not in NOT_COMPARED}
     names = dict.fromkeys(name for each in settings.values() for name in each)
-    differ = [name for name in names if len({str(each.get(name)) for each in settings.values()}) > 1]
+    values = lambda name: {str(each[name]) for each in settings.values() if name in each}
+    differ = [name for name in names if len(values(name)) > 1]  # among the scripts that have it
     curves = {}
     for folder, each in settings.items():
         name = ", ".join(f"{name}={each[name]}" for name in differ if name in each) or each["env"]

@@ -30,8 +30,11 @@ def test_seeds_are_merged_and_settings_that_differ_are_names(runs):
     curves = watch.group(watch.find([str(runs)]))
     assert curves == {"depth=4": [runs / "a", runs / "b"], "depth=8": [runs / "deep"]}
     assert list(watch.group([runs / "a", runs / "b"])) == ["point"]
-    write(runs / "other", [], script="sac.py")
+    write(runs / "other", [], script="sac.py", her="future")
     assert list(watch.group([runs / "a", runs / "other"])) == ["script=crl.py", "script=sac.py"]
+    write(runs / "another", [], script="sac.py", her="none")
+    curves = watch.group([runs / "a", runs / "other", runs / "another"])
+    assert list(curves) == ["script=crl.py", "script=sac.py, her=future", "script=sac.py, her=none"]
 
 
 def test_a_mean_is_over_all_seeds_or_is_not_shown(runs):
