@@ -36,3 +36,16 @@ class Line(GoalEnv):
 
     def render(self, states, stem):
         raise NotImplementedError
+
+
+class Fixed:
+    """A distribution of which all is known."""
+
+    def __init__(self, log_prob, action=None):
+        self.log_probability, self.action = log_prob, action
+
+    def sample_and_log_prob(self, key):
+        return self.action, self.log_probability
+
+    def sample(self, key):
+        return self.action
