@@ -303,7 +303,7 @@ def sample(config: Config, env: GoalEnv, replay: buffer.Replay, key: Key[Array, 
     share = (1 - config.discount) / (2 - config.discount) if config.loss == "nce_c_learning" else 1
     near_rows = max(1, math.floor(share * config.batch_size + 1e-6))
     future = jnp.where(jnp.arange(config.batch_size)[:, None] < near_rows, near, later)
-    return Batch(*row, future, jnp.roll(future, -1, axis=0))
+    return Batch(row.observation, row.action, row.next_observation, future, jnp.roll(future, -1, axis=0))
 
 
 def update(config: Config, env: GoalEnv, state: TrainState, key: Key[Array, ""]) -> tuple[TrainState, dict]:

@@ -226,7 +226,7 @@ def pairwise_energy(
 
     Distances come from one matrix product, |x - y|^2 = |x|^2 + |y|^2 - 2 x.y, instead of a batch x batch x
     representation array. Both are first moved by the goals' mean, which changes no distance and saves the digits that a
-    common offset would cost.
+    common offset would cost. Only mrn needs that array.
     """
     if kind == "mrn":
         return -mrn_distance(phi[:, None], psi)
@@ -395,7 +395,7 @@ def collect(config: Config, env: GoalEnv, state: TrainState) -> TrainState:
         before, previous = carry
         action_key, switch_key, goal_key = jax.random.split(key, 3)
         observation, goal = before.env.observation, before.env.goal
-        action, _ = policy(state.agent, observation, goal).sample_and_log_prob(action_key)
+        action = policy(state.agent, observation, goal).sample(action_key)
         current, after, truncated = vector.step(before, action)
         current = vector.switch_goals(current, config.goal_switch_probability, switch_key, goal_key)
         transition = Transition(observation, action, env.achieved_goal(after.observation))

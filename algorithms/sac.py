@@ -197,7 +197,7 @@ class Batch(NamedTuple):
 def critic_loss(
     critics: ResidualMLP, agent: Agent, target: ResidualMLP, batch: Batch, key: Key[Array, ""], config: Config
 ) -> tuple[Float[Array, ""], dict]:
-    """Half the mean of (Q_j(s, a, g) - y)^2 over rows and both critics, where (Haarnoja et al. 2018, eq. 5 and 6)
+    """Half the mean of (Q_j(s, a, g) - y)^2 over rows and both critics, the paper's soft Bellman residual, where
 
     y = r + discount (1 - terminated) (min_j target_j(s', a', g) - alpha log pi(a' | s', g)), a' ~ pi(. | s', g).
 
@@ -213,7 +213,7 @@ def critic_loss(
 
 
 def actor_loss(actor: ResidualMLP, agent: Agent, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], dict]:
-    """mean_i [alpha log pi(a_i | s_i, g_i) - min_j Q_j(s_i, a_i, g_i)], a_i from the actor (eq. 7)."""
+    """mean_i [alpha log pi(a_i | s_i, g_i) - min_j Q_j(s_i, a_i, g_i)], a_i from the actor."""
     alpha = jnp.exp(agent.log_alpha)
     action, log_prob = policy(agent._replace(actor=actor), batch.observation, batch.goal).sample_and_log_prob(key)
     q = q_values(agent.critics, batch.observation, action, batch.goal).min(axis=0)
@@ -222,7 +222,7 @@ def actor_loss(actor: ResidualMLP, agent: Agent, batch: Batch, key: Key[Array, "
 
 
 def alpha_loss(log_alpha: Float[Array, ""], entropy: Float[Array, ""], target: float) -> Float[Array, ""]:
-    """alpha (H - H*): alpha falls while the entropy H is above its target, and rises below it (eq. 18)."""
+    """alpha (H - H*): alpha falls while the entropy H is above its target, and rises below it."""
     return jnp.exp(log_alpha) * jax.lax.stop_gradient(entropy - target)
 
 
@@ -294,7 +294,7 @@ def collect(config: Config, env: GoalEnv, state: TrainState) -> TrainState:
         before, previous = carry
         action_key, switch_key, goal_key = jax.random.split(key, 3)
         observation, goal = before.env.observation, before.env.goal
-        action, _ = policy(state.agent, observation, goal).sample_and_log_prob(action_key)
+        action = policy(state.agent, observation, goal).sample(action_key)
         current, after, truncated = vector.step(before, action)
         current = vector.switch_goals(current, config.goal_switch_probability, switch_key, goal_key)
         transition = Transition(observation, action, after.observation, goal, after.terminated.astype(jnp.float32))
@@ -310,7 +310,7 @@ def collect(config: Config, env: GoalEnv, state: TrainState) -> TrainState:
 
 def sample(config: Config, env: GoalEnv, replay: buffer.Replay, key: Key[Array, ""]) -> Batch:
     """Uniform transitions. The first `her_share` of them get a goal that their episode reached, not before the
-    transition's own next state (Andrychowicz et al. 2017, section 4.5). All rewards are of the state after the step."""
+    transition's own next state (Andrychowicz et al. 2017). All rewards are of the state after the step."""
     laws = {"none": 1.0, "final": math.inf, "future": 1.0, "geometric": config.discount}
     pairs = buffer.sample_future(replay, key, config.batch_size, laws[config.her])
     row = buffer.gather(replay, pairs.row, pairs.env)

@@ -213,11 +213,11 @@ class Batch(NamedTuple):
 def critic_loss(
     critics: ResidualMLP, target: Agent, batch: Batch, key: Key[Array, ""], config: Config
 ) -> tuple[Float[Array, ""], dict]:
-    """Half the mean of (Q_j(s, a, g) - y)^2 over rows and both critics (Fujimoto et al. 2018, 4.2 and 5.3), where
+    """Half the mean of (Q_j(s, a, g) - y)^2 over rows and both critics, where
 
-    y = r + discount (1 - terminated) min_j target_j(s', a', g), a' the target actor's action with clipped noise.
+    y = r + discount (1 - terminated) min_j target_j(s', a', g), a' the target actor's action with clipped noise
 
-    An episode that is cut off by the time limit has not terminated: its last s' is worth what follows.
+    (clipped double Q-learning, target policy smoothing). At a time limit, which terminates nothing, the last s' counts.
     """
     after = policy(target, batch.next_observation, batch.goal)._replace(noise=config.target_noise)
     next_value = q_values(target.critics, batch.next_observation, after.sample(key), batch.goal).min(axis=0)
@@ -318,7 +318,7 @@ def collect(config: Config, env: GoalEnv, state: TrainState) -> TrainState:
 
 def sample(config: Config, env: GoalEnv, replay: buffer.Replay, key: Key[Array, ""]) -> Batch:
     """Uniform transitions. The first `her_share` of them get a goal that their episode reached, not before the
-    transition's own next state (Andrychowicz et al. 2017, section 4.5). All rewards are of the state after the step."""
+    transition's own next state (Andrychowicz et al. 2017). All rewards are of the state after the step."""
     laws = {"none": 1.0, "final": math.inf, "future": 1.0, "geometric": config.discount}
     pairs = buffer.sample_future(replay, key, config.batch_size, laws[config.her])
     row = buffer.gather(replay, pairs.row, pairs.env)

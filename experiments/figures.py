@@ -360,7 +360,7 @@ def same_facts(names: list[str]) -> str:
 def parts_table(figure: str, root: str) -> str:
     """The last evaluations of a figure with one panel, a row a line."""
     metrics, panels = FIGURES[figure]
-    ((_, parts),) = panels.items()
+    (parts,) = panels.values()
     rows = [
         [
             f"`{made(name)['command'].removeprefix('python algorithms/')}` ([CSV]({root}results/{name}.csv))",
