@@ -35,10 +35,28 @@ FOLDER = RESULTS.parent / "runs/published"
 
 MAZES = ("u", "u4", "u5", "big")
 DEPTHS = (4, 8, 16, 32)
+BASELINES = {
+    "sac": ("sac.py", "--her none"),
+    "sac_her": ("sac.py", ""),
+    "td3_her": ("td3.py", ""),
+    "gcsl": ("gcsl.py", ""),
+    "gcbc": ("gcsl.py", "--future geometric"),
+    "c_learning": ("c_learning.py", ""),
+    "nce_c_learning": ("c_learning.py", "--loss nce_c_learning"),
+}
+"""Name -> script and flags, of what crl.py is compared with."""
+BLOCKS = {
+    "no_norm": "--norm none",
+    "relu": "--activation relu",
+    "no_residual": "--residual=false",
+    "hyperspherical": "--norm hyperspherical",
+}
+"""Name -> flags of crl.py, of other blocks than the paper's."""
 
 
-def _study(maze: str = "u4", flags: str = "") -> str:
-    return f"crl.py --env point_{maze}_maze --num_seeds 5 --total_env_steps 500000 --eval_every 50000 {flags}".rstrip()
+def _study(maze: str = "u4", flags: str = "", script: str = "crl.py") -> str:
+    command = f"{script} --env point_{maze}_maze --num_seeds 5 --total_env_steps 500000 --eval_every 50000 {flags}"
+    return command.rstrip()
 
 
 def _point_goal(flags: str = "") -> str:
@@ -56,6 +74,26 @@ RUNS = {
     "point_u4_maze_cosine_no_penalty": _study(flags="--energy cosine --logsumexp_penalty 0"),
     **{
         f"point_u4_maze_{loss}": _study(flags=f"--loss {loss}") for loss in ("bwd_infonce", "sym_infonce", "binary_nce")
+    },
+    **{
+        f"point_{maze}_maze_{name}": _study(maze, flags, script)
+        for name, (script, flags) in BASELINES.items()
+        for maze in ("u", "u4")
+    },
+    "point_u4_maze_published_depth_32": _study(flags="--published --depth 32"),
+    "point_u4_maze_published_exact_depth_32": _study(flags="--published --log_prob_epsilon 0 --depth 32"),
+    "point_u4_maze_mrn": _study(flags="--energy mrn"),
+    **{
+        f"point_u4_maze_{name}_depth_{depth}": _study(flags=f"{flags} --depth {depth}")
+        for depth in (16, 32)
+        for name, flags in BLOCKS.items()
+    },
+    **{
+        f"point_u4_maze_{name}_depth_{depth}": _study(
+            "u4", f"{BASELINES[name][1]} --depth {depth}".strip(), BASELINES[name][0]
+        )
+        for depth in (16, 32)
+        for name in ("sac_her", "td3_her", "gcbc")
     },
     "minicraft": "ppo_ad.py --num_seeds 5",
     "minicraft_matching": "ppo_ad.py --num_seeds 5 --prediction=false",
