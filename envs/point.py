@@ -147,15 +147,16 @@ def _film(
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import animation, pyplot
+    from matplotlib import pyplot
+    from PIL import Image
 
     path, goals = np.asarray(path), np.asarray(goals)[:, 0]
     figure, axes = pyplot.subplots(figsize=(4, 4), dpi=72, layout="tight")
     draw_background(axes)
     colours = pyplot.get_cmap("tab10")(np.arange(len(path)) % 10)
     axes.scatter(*goals.T, c=colours, marker="x", s=60)
-    trails = [axes.plot([], [], color=c, alpha=0.5)[0] for c in colours]
-    robots = [axes.add_patch(pyplot.Circle((0, 0), radius, color=c)) for c in colours]
+    trails = [axes.plot([], [], color=c, alpha=0.5, animated=True)[0] for c in colours]
+    robots = [axes.add_patch(pyplot.Circle((0, 0), radius, color=c, animated=True)) for c in colours]
     kinds = list(dict.fromkeys(labels))  # the second is drawn hollow
     for robot, label in zip(robots, labels):
         robot.set_fill(label == kinds[0])
@@ -169,15 +170,21 @@ def _film(
         bbox_to_anchor=(0.5, 1),
         ncols=3,
     )
+    figure.canvas.draw()
+    background = figure.canvas.copy_from_bbox(figure.bbox)
 
     def frame(t):
+        figure.canvas.restore_region(background)
         for p, trail, robot in zip(path, trails, robots):
             trail.set_data(*p[: t + 1].T)
             robot.center = p[t]
+            axes.draw_artist(trail)
+            axes.draw_artist(robot)
+        return Image.fromarray(np.array(figure.canvas.buffer_rgba())[..., :3])
 
-    last = path.shape[1] - 1
-    film = animation.FuncAnimation(figure, frame, [*range(last), *[last] * 10])
-    film.save(f"{stem}.gif", animation.PillowWriter(fps=12))
+    film = [frame(t) for t in range(path.shape[1])]
+    milliseconds = [80] * (len(film) - 1) + [800]
+    film[0].save(f"{stem}.gif", save_all=True, append_images=film[1:], duration=milliseconds, loop=0)
     pyplot.close(figure)
     return f"{stem}.gif"
 

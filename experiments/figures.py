@@ -36,13 +36,26 @@ class Figure(NamedTuple):
     metrics: dict[str, str]
     """Metric -> title."""
     panels: dict[str, dict[str, str]]
-    """Name of a panel -> its lines: label -> name of the CSV."""
+    """Name of a panel -> its lines: label -> the CSV, a name in results/ or a path, without its ending."""
+    bars: bool = False
+    """At the end, the last values of the first metric."""
 
 
 SUCCESS = {
     "eval/success_any": "uniform goals, mean action",
     "eval/far/sampled/success_any": "far goals, sampled action",
 }
+METHODS = {
+    "CRL": "depth_4",
+    "SAC": "sac",
+    "SAC + HER": "sac_her",
+    "TD3 + HER": "td3_her",
+    "GCSL": "gcsl",
+    "GCBC": "gcbc",
+    "C-learning": "c_learning",
+    "NCE + C-learning": "nce_c_learning",
+}
+"""What reaches goals: label -> the end of its CSVs' names."""
 FIGURES = {
     "point_depth": Figure(
         SUCCESS,
@@ -63,7 +76,7 @@ FIGURES = {
             },
             "energies": {
                 "norm (default)": "point_u4_maze_depth_4",
-                **{kind: f"point_u4_maze_{kind}" for kind in ("l2", "dot", "cosine")},
+                **{kind: f"point_u4_maze_{kind}" for kind in ("l2", "dot", "mrn", "cosine")},
                 "cosine, no penalty": "point_u4_maze_cosine_no_penalty",
             },
             "losses": {
@@ -72,6 +85,39 @@ FIGURES = {
                 "symmetric InfoNCE": "point_u4_maze_sym_infonce",
                 "binary NCE": "point_u4_maze_binary_nce",
             },
+        },
+    ),
+    "point_blocks": Figure(
+        SUCCESS,
+        {
+            **{
+                f"depth {depth}": {
+                    "LayerNorm, swish, skip (default)": f"point_u4_maze_depth_{depth}",
+                    "no LayerNorm": f"point_u4_maze_no_norm_depth_{depth}",
+                    "ReLU": f"point_u4_maze_relu_depth_{depth}",
+                    "no skip": f"point_u4_maze_no_residual_depth_{depth}",
+                    "hyperspherical": f"point_u4_maze_hyperspherical_depth_{depth}",
+                }
+                for depth in (16, 32)
+            },
+            "published": {
+                "ours (default)": "point_u4_maze_depth_32",
+                "published goals, relabelling, log π": "point_u4_maze_published_depth_32",
+                "the same with exact log π": "point_u4_maze_published_exact_depth_32",
+            },
+        },
+    ),
+    "baselines": Figure(
+        {"eval/time_at_goal": "steps at the goal"},
+        {maze: {label: f"point_{maze}_maze_{name}" for label, name in METHODS.items()} for maze in ("u", "u4")},
+        bars=True,
+    ),
+    "baselines_depth": Figure(
+        SUCCESS,
+        {
+            label: {"depth 4": f"point_u4_maze_{METHODS[label]}"}
+            | {f"depth {depth}": f"point_u4_maze_{name}depth_{depth}" for depth in (16, 32)}
+            for label, name in {"CRL": "", "SAC + HER": "sac_her_", "TD3 + HER": "td3_her_", "GCBC": "gcbc_"}.items()
         },
     ),
     "achievements": Figure(
@@ -158,6 +204,17 @@ def plot(axis, curve: dict[str, np.ndarray], metric: str, label: str) -> None:
         axis.fill_between(steps, *band, alpha=0.2, color=line.get_color())
 
 
+def plot_bars(axis, curves: dict[str, str], metric: str, title: str) -> None:
+    """The means of the last evaluations, with their intervals, in the colours of the lines."""
+    for i, file in enumerate(curves.values()):
+        values = last(read(file), metric)
+        axis.barh(i, values.mean(), xerr=np.abs(np.array([interval(values)]).T - values.mean()), color=f"C{i}")
+    axis.set_yticks(range(len(curves)), curves)
+    axis.invert_yaxis()
+    axis.set(xlabel=f"{title}, last evaluation", xlim=(0, None))
+    axis.grid(axis="x", alpha=0.3)
+
+
 def png(figure) -> bytes:
     from matplotlib import pyplot
 
@@ -167,14 +224,14 @@ def png(figure) -> bytes:
     return file.getvalue()
 
 
-def draw_curves(name: str) -> bytes:
+def draw_curves(shown: Figure) -> bytes:
     from matplotlib import pyplot, ticker
 
-    metrics, panels = FIGURES[name]
-    shape = (len(metrics), len(panels)) if len(panels) > 1 else (1, len(metrics))
+    metrics, panels, bars = shown
+    shape = (len(metrics) + bars, len(panels)) if len(panels) > 1 else (1, len(metrics) + bars)
     figure, axes = pyplot.subplots(
-        *shape, figsize=(max(2.4 * shape[1], 9), 2.8 * shape[0]), squeeze=False, sharey=len(panels) > 1,
-        layout="constrained",
+        *shape, figsize=(max(2.4 * shape[1], 9), 2.8 * shape[0]), squeeze=False,
+        sharey="row" if len(panels) > 1 else False, layout="constrained",
     )  # fmt: skip
     spots = iter(axes.flat)
     for metric, title in metrics.items():
@@ -185,6 +242,8 @@ def draw_curves(name: str) -> bytes:
             axis.set(title=panel if len(panels) > 1 else title, xlabel="environment steps", ylim=(0, None))
             axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
             axis.grid(alpha=0.3)
+    for axis, curves in zip(spots, panels.values()):
+        plot_bars(axis, curves, *next(iter(metrics.items())))
     if len(panels) > 1:
         for row, title in zip(axes, metrics.values()):
             row[0].set_ylabel(title.replace(", ", ",\n"))
@@ -314,22 +373,23 @@ def demo_table(root: str) -> str:
     return f"{text}\n\n{table(header, rows)}"
 
 
-def depth_table(root: str) -> str:
-    panels = FIGURES["point_depth"].panels
+def depth_table(figure: str, what: str, name: str, root: str) -> str:
+    """A row for each metric and panel, a column for each depth. `what`: a panel is; `name`: how its name is written."""
+    panels = FIGURES[figure].panels
     rows = [
-        [f"`point_{maze}_maze`", title, *(entry(last(read(name), metric)) for name in curves.values())]
+        [name.format(panel), title, *(entry(last(read(file), metric)) for file in curves.values())]
         for metric, title in SUCCESS.items()
-        for maze, curves in panels.items()
+        for panel, curves in panels.items()
     ]
-    facts = made("point_u4_maze_depth_8")
-    text = f"`{facts['command']}`, and so on: share of episodes that reach their goal at the last evaluation; "
-    text += f"{same_facts([name for curves in panels.values() for name in curves.values()])}; "
-    text += "one panel again: `python experiments/runs.py point_depth.u4`."
-    return f"{text}\n\n{table(['maze', 'evaluation', *panels['u']], rows)}"
+    runs = [file for curves in panels.values() for file in curves.values()]
+    text = f"`{made(runs[1])['command']}`, and so on: share of episodes that reach their goal at the last evaluation; "
+    text += f"{same_facts(runs)}; all again: `python experiments/runs.py {figure}`."
+    return f"{text}\n\n{table([what, 'evaluation', *next(iter(panels.values()))], rows)}"
 
 
-def choices_table(root: str) -> str:
-    panels = FIGURES["point_choices"].panels
+def choices_table(figure: str, root: str) -> str:
+    """A row for each run of crl.py in each panel: what was chosen, its flags, and its last evaluation."""
+    panels = FIGURES[figure].panels
     default = made("point_u4_maze_depth_4")["command"].removesuffix(" --depth 4")
     rows = [
         [
@@ -344,6 +404,23 @@ def choices_table(root: str) -> str:
     text = f"`{default}` and these flags; "
     text += f"{same_facts([name for curves in panels.values() for name in curves.values()])}."
     return f"{text}\n\n{table(['', 'choice', 'flags', *SUCCESS.values()], rows)}"
+
+
+def baselines_table(root: str) -> str:
+    """A row for each method in each maze: steps at the goal, and how many goals were reached."""
+    panels, shown = FIGURES["baselines"].panels, FIGURES["baselines"].metrics | SUCCESS
+    everywhere = " --num_seeds 5 --total_env_steps 500000 --eval_every 50000"
+    short = lambda name: made(name)["command"].replace(everywhere, "").removeprefix("python algorithms/")
+    rows = [
+        [label, f"`{short(name)}` ([CSV]({root}results/{name}.csv))"]
+        + [entry(last(read(name), metric), 0 if "time" in metric else 2) for metric in shown]
+        for curves in panels.values()
+        for label, name in curves.items()
+    ]
+    text = f"Each with `{everywhere.strip()}`; "
+    text += f"{same_facts([name for curves in panels.values() for name in curves.values()])}; "
+    text += "one maze again: `python experiments/runs.py baselines.u4`; another task: `experiments/compare.py`."
+    return f"{text}\n\n{table(['method', 'command', *shown.values()], rows)}"
 
 
 def same_facts(names: list[str]) -> str:
@@ -439,7 +516,7 @@ def measured_table(name: str, titles: dict[str, str], root: str) -> str:
 # ---- pages --------------------------------------------------------------------------------------------------------
 
 DRAWN = {
-    **{f"{name}.png": partial(draw_curves, name) for name in FIGURES},
+    **{f"{name}.png": partial(draw_curves, figure) for name, figure in FIGURES.items()},
     "point_u_maze_value_map.png": draw_value_map,
     "point_u_maze_trajectories.png": draw_trajectories,
     "point_u_maze.gif": draw_film,
@@ -449,8 +526,11 @@ DRAWN = {
 """File -> what draws it."""
 TABLES = {
     "demo": demo_table,
-    "depth": depth_table,
-    "choices": choices_table,
+    "depth": partial(depth_table, "point_depth", "maze", "`point_{}_maze`"),
+    "choices": partial(choices_table, "point_choices"),
+    "blocks": partial(choices_table, "point_blocks"),
+    "baselines": baselines_table,
+    "baselines_depth": partial(depth_table, "baselines_depth", "method", "{}"),
     "minicraft": lambda root: parts_table("achievements", root),
     "craftax": lambda root: parts_table("craftax", root),
     "adaptation": adaptation_table,

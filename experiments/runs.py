@@ -133,8 +133,9 @@ def provenance(folder) -> dict:
     return first | ({"extended": extended} if extended else {}) | ({"resumed": elsewhere} if elsewhere else {})
 
 
-def publish(name: str, folder) -> None:
-    """Writes the evaluations in the metrics.csv of a run folder to results/NAME.csv; SystemExit if it has none."""
+def publish(name: str | Path, folder) -> None:
+    """Writes the evaluations in the metrics.csv of a run folder to results/NAME.csv, or to NAME.csv where NAME is a
+    whole path; SystemExit if it has none."""
     try:
         with (Path(folder) / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))

@@ -914,7 +914,7 @@ def all_finite(tree) -> jax.Array:
 
 def _count(state) -> dict[str, int]:
     """The step counts of a state, which are those of each of its seeds."""
-    return {name: int(value[0]) for name, value in state._asdict().items() if name.endswith("_steps")}
+    return {name: int(np.asarray(value)[0]) for name, value in state._asdict().items() if name.endswith("_steps")}
 
 
 def _open_folder(config, algorithm, recipes) -> Path:
