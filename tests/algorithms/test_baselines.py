@@ -1,6 +1,7 @@
 """sac.py, td3.py, gcsl.py and c_learning.py: golden numbers of the fact sheet (baselines_gcrl, section 9), NumPy, what
 an update changes, and resumed runs."""
 
+import copy
 import csv
 import inspect
 import math
@@ -262,6 +263,22 @@ def test_an_update_changes_every_network_and_targets_carry_no_gradient(script):
         )[0]
         frozen = jax.grad(loss, (0, 1))(agent, target)
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(frozen))
+
+
+@pytest.mark.parametrize("script", [sac, c_learning])
+def test_gradients_are_taken_at_the_parameters_from_before_the_update(script):
+    """So the step of one network does not depend on the learning rates of the others."""
+    config, state = begun(script)
+
+    @jax.jit
+    def after(actor_lr, critic_lr):
+        rates = copy.copy(config)
+        vars(rates).update(actor_lr=actor_lr, critic_lr=critic_lr)  # traced, so that one program does for all
+        return script.update(rates, Line(), state, jax.random.key(1))[0].agent
+
+    here, other_critic, other_actor = after(0.01, 0.01), after(0.01, 0.5), after(0.5, 0.01)
+    assert any(changed(here.critics, other_critic.critics)) and any(changed(here.actor, other_actor.actor))
+    assert not any(changed(here.actor, other_critic.actor)) and not any(changed(here.critics, other_actor.critics))
 
 
 def test_the_actor_of_td3_moves_once_in_two_steps_and_its_target_from_the_target():

@@ -95,37 +95,8 @@ def test_the_probe_of_a_run_is_between_nothing_and_all(reference, capsys):
     assert files(folder) == before
 
 
-def test_a_finished_run_goes_on_to_more_steps_as_if_asked_for_them_at_once(tmp_path, cache):
-    flags = [*TINY, "--final_lr_fraction=1"]
-    first, each = 6 * 200, 3 * (40 + 40)
-    few, many = (f"--total_env_steps={first + iterations * each}" for iterations in (3, 6))
-    SCRIPT.run(*flags, few, f"--run_dir={tmp_path / 'extended'}", cwd=tmp_path, env=cache)
-    SCRIPT.run(f"--resume={tmp_path / 'extended'}", many, cwd=tmp_path, env=cache)
-    SCRIPT.run(*flags, many, f"--run_dir={tmp_path / 'whole'}", cwd=tmp_path, env=cache)
-    # the shorter run had an evaluation at its end
-    extended, whole = (
-        [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in metrics(tmp_path / name)]
-        for name in ("extended", "whole")
-    )
-    assert extended == whole and len(whole) == 6
-    assert metrics(tmp_path / "extended")[-1] == metrics(tmp_path / "whole")[-1]
-
-
-def test_a_finished_run_whose_learning_rate_fell_is_not_extended(reference):
-    folder = reference[0] / "whole"
-    before = files(folder)
-    done = SCRIPT.run(f"--resume={folder}", "--total_env_steps=20000", cwd=folder, code=2)
-    assert done.stdout == "" and done.stderr.count("\n") == 1
-    assert re.match(rf"error: the learning rates of the run in {folder} fall until step 12000", done.stderr)
-    assert files(folder) == before
-
-
 def test_killed_twice_and_resumed_it_ends_with_the_same_metrics(reference, cache):
     SCRIPT.check_kills(reference, cache, shares=(0.2, 0.5))
-
-
-def test_a_stopped_run_saves_says_how_to_resume_and_goes_on(reference, cache):
-    SCRIPT.check_stop(reference, cache, signal.SIGINT)
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, cache):

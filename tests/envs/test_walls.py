@@ -12,6 +12,8 @@ from envs import mazes
 from envs.ant import Ant
 from envs.humanoid import Humanoid
 
+OPTIMISED = True
+
 WIND = 10.0
 """Metres per square second: about the weight of the robot, sideways."""
 STEPS, RANDOM = 200, 32

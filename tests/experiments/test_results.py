@@ -1,6 +1,7 @@
 """What the pages show is what the CSVs of results/ say, and the CSVs are what their commands made."""
 
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -18,7 +19,6 @@ import bench_update
 import figures
 import measure
 import runs
-from algorithms import cocoa, crl, ppo_ad
 from shared import run
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +98,7 @@ def test_every_picture_is_drawn_and_every_line_is_a_published_run():
 @pytest.mark.parametrize("name", runs.RUNS)
 def test_a_published_run_has_all_its_seeds_and_steps(name):
     script, *flags = runs.RUNS[name].split()
-    script = {"crl.py": crl, "ppo_ad.py": ppo_ad, "cocoa.py": cocoa}[script]
+    script = importlib.import_module(f"algorithms.{script.removesuffix('.py')}")
     config = run.configure(script.Config, script.RECIPES, script.__doc__, [script.__name__, *flags])
     curve = figures.read(name)
     assert set(curve["seed"]) == set(range(config.num_seeds))
