@@ -27,7 +27,7 @@ from algorithms import crl
 from shared import evaluation, pictures, run
 
 RESULTS = Path(__file__).parent.parent / "results"
-PAGES = ("README.md", "envs/README.md", "algorithms/crl.md", "algorithms/ppo_ad.md", "algorithms/cocoa.md")
+PAGES = ("README.md", "envs/README.md", *(f"algorithms/{name}.md" for name in ("crl", "sac", "ppo_ad", "cocoa")))
 
 
 class Figure(NamedTuple):
@@ -108,7 +108,7 @@ FIGURES = {
         },
     ),
     "baselines": Figure(
-        {"eval/time_at_goal": "steps at the goal"},
+        {"eval/time_at_goal": "steps at the goal, of 100"},
         {maze: {label: f"point_{maze}_maze_{name}" for label, name in METHODS.items()} for maze in ("u", "u4")},
         bars=True,
     ),
@@ -210,7 +210,7 @@ def plot_bars(axis, curves: dict[str, str], metric: str, title: str) -> None:
         values = last(read(file), metric)
         axis.barh(i, values.mean(), xerr=np.abs(np.array([interval(values)]).T - values.mean()), color=f"C{i}")
     axis.set_yticks(range(len(curves)), curves)
-    axis.invert_yaxis()
+    axis.set_ylim(len(curves) - 0.5, -0.5)
     axis.set(xlabel=f"{title}, last evaluation", xlim=(0, None))
     axis.grid(axis="x", alpha=0.3)
 
@@ -417,7 +417,7 @@ def baselines_table(root: str) -> str:
         for curves in panels.values()
         for label, name in curves.items()
     ]
-    text = f"Each with `{everywhere.strip()}`; "
+    text = f"Steps at uniform goals with mean actions, last evaluation. Each with `{everywhere.strip()}`; "
     text += f"{same_facts([name for curves in panels.values() for name in curves.values()])}; "
     text += "one maze again: `python experiments/runs.py baselines.u4`; another task: `experiments/compare.py`."
     return f"{text}\n\n{table(['method', 'command', *shown.values()], rows)}"
@@ -436,7 +436,7 @@ def same_facts(names: list[str]) -> str:
 
 def parts_table(figure: str, root: str) -> str:
     """The last evaluations of a figure with one panel, a row a line."""
-    metrics, panels = FIGURES[figure]
+    metrics, panels, _ = FIGURES[figure]
     (parts,) = panels.values()
     rows = [
         [
