@@ -500,6 +500,7 @@ FAMILY = {
     "family": "family", "random_return": "return", "standard_error": "standard error",
     "episode_length": "episode length", "compile_s": "compile, s", "steps_per_s": "steps/s",
 }  # fmt: skip
+IMAGES = {"what": "gradient step", "seconds": "seconds", "ratio": "against torch"}
 KERNELS = {"variant": "variant", "kernels": "kernels a step", "temporary_mb": "XLA temporaries, MB"}
 
 
@@ -539,6 +540,7 @@ TABLES = {
     "bench_envs": partial(measured_table, "bench_envs_cpu", COLLECTION),
     "bench_ratios": partial(measured_table, "bench_ratios_cpu", RATIOS),
     "bench_update": partial(measured_table, "bench_update_cpu", UPDATE),
+    "bench_images": partial(measured_table, "bench_images_cpu", IMAGES),
     "gpu_kernels": partial(measured_table, "gpu_kernels", KERNELS),
     "tasks": partial(measured_table, "tasks_cpu", TASKS),
     "walls": partial(measured_table, "walls_cpu", WALLS),
