@@ -58,7 +58,7 @@ class Config(run.RunConfig):
     """Defaults are the paper's, unless a field says otherwise."""
 
     env: str = "minicraft"
-    """Environment: minicraft, craftax_classic_pixels, craftax_classic_symbolic or crafter. Paper: crafter."""
+    """Environment: minicraft, craftax_classic_pixels, craftax_classic_symbolic, craftax_symbolic or crafter (paper)."""
     total_env_steps: Steps = 1_000_000
     """Environment steps of a seed; rounded up to whole rollouts. Episodes that end later do not count in the scores."""
     num_envs: Count = 8

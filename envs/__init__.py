@@ -68,6 +68,7 @@ IN_THE_OPEN = {
 WITH_ACHIEVEMENTS = {
     "craftax_classic_pixels": ("envs.crafter.CraftaxClassic", {"pixels": True}),
     "craftax_classic_symbolic": ("envs.crafter.CraftaxClassic", {"pixels": False}),
+    "craftax_symbolic": ("envs.crafter.Craftax", {}),
     "crafter": ("envs.crafter_pool.Crafter", {}),
     "minicraft": ("envs.minicraft.Minicraft", {}),
 }

@@ -1,10 +1,14 @@
-"""Craftax-Classic: Crafter's survival game with its 22 achievements, rewritten in JAX by the authors of Craftax.
+"""Craftax-Classic: Crafter's survival game with its 22 achievements, rewritten in JAX by the authors of Craftax; and
+Craftax itself, a larger game with nine floors and 67 achievements.
 
 The rules are those of the package craftax (1.6), which differ from Crafter's in places: scores of the two games do not
-compare. A reward is 1 for each achievement unlocked, plus 0.1 for each point of health won, minus 0.1 for each lost (of
-9). Death ends an episode; the time limit is `VectorEnv`'s. Observation: the image in [0, 1], or a vector of the same.
+compare. A reward is 1 for each achievement unlocked (in Craftax 1, 3, 5 or 8), plus 0.1 for each point of health won,
+minus 0.1 for each lost (of 9). Death ends an episode; the time limit is `VectorEnv`'s. Observation: the image in
+[0, 1], or a vector of the same.
 """
 
+import functools
+import importlib
 import os
 from typing import Any, NamedTuple
 
@@ -18,8 +22,6 @@ from envs.base import AchievementEnv, AchievementState
 
 NEVER = 2**31 - 1
 """Craftax's own time limit, in steps: `VectorEnv` has the one that counts."""
-TILE = 7
-"""Pixels along an edge of one of the 9 x 9 tiles of an observation: 7 rows of map, 2 of inventory."""
 EPISODES_DRAWN = 4
 
 
@@ -37,22 +39,25 @@ class CraftaxClassic(AchievementEnv):
     # even among 128 random players only about one dies in a step, and more worlds at a time were no faster (CPU)
     fresh_worlds = 1
 
+    game = "CraftaxClassic"
+    package = "craftax.craftax_classic"
+    tile = 7
+    """Pixels along an edge of one of the 9 x 9 tiles of an image: 7 rows of map, 2 of inventory."""
+
     def __init__(self, pixels: bool):
         # imported here, as this takes a second: craftax imports matplotlib
-        from craftax.craftax_classic import renderer
-        from craftax.craftax_classic.constants import Achievement
-        from craftax.craftax_classic.envs import craftax_pixels_env, craftax_symbolic_env
-
-        renderer.load_all_textures = lambda: _TEXTURES
+        kind = "pixels" if pixels else "symbolic"
+        games = importlib.import_module(f"{self.package}.envs.craftax_{kind}_env")
+        self._renderer = importlib.import_module(f"{self.package}.renderer")
+        constants = importlib.import_module(f"{self.package}.constants")
+        self._renderer.load_all_textures = lambda: _textures(constants)
         self.pixels = pixels
-        if pixels:
-            self._game = craftax_pixels_env.CraftaxClassicPixelsEnvNoAutoReset()
-        else:
-            self._game = craftax_symbolic_env.CraftaxClassicSymbolicEnvNoAutoReset()
+        self._game = getattr(games, f"{self.game}{kind.title()}EnvNoAutoReset")()
         self._params = self._game.default_params.replace(max_timesteps=NEVER)
         self.observation_shape = self._game.observation_space(self._params).shape
         self.num_actions = self._game.num_actions
-        self.achievement_names = tuple(achievement.name.lower() for achievement in Achievement)
+        in_order = sorted(constants.Achievement, key=lambda achievement: achievement.value)
+        self.achievement_names = tuple(achievement.name.lower() for achievement in in_order)
 
     def reset(self, key: Key[Array, ""]) -> AchievementState:
         world_key, key = jax.random.split(key)
@@ -67,10 +72,27 @@ class CraftaxClassic(AchievementEnv):
     def render(self, states: AchievementState, stem: str) -> str:
         """A GIF of the first episodes side by side; each stays as it was when it ended."""
         states = jax.tree.map(lambda x: x[:EPISODES_DRAWN], states)
-        images = 255 * states.observation if self.pixels else _draw(states.physics.world)
+        images = 255 * states.observation if self.pixels else self._draw(states.physics.world)
         frames = side_by_side(np.rint(images).astype(np.uint8), np.asarray(states.terminated))
         save_gif(frames, f"{stem}.gif", fps=10)
         return f"{stem}.gif"
+
+    def _draw(self, worlds: Any) -> Float[Array, "episodes time height width 3"]:
+        """Images in 0..255 of Craftax's states with leading axes (episode, time)."""
+        draw = self._renderer.make_craftax_pixel_renderer(self.tile)
+        return jax.jit(jax.vmap(lambda worlds: jax.lax.map(draw, worlds, batch_size=32)))(worlds)
+
+
+class Craftax(CraftaxClassic):
+    """The full game, as vectors: nine floors, magic, ranged combat, potions, 43 actions."""
+
+    game = "Craftax"
+    package = "craftax.craftax"
+    tile = 10
+    """Of the 13 x 11 tiles of a film: 9 rows of map, 4 of inventory."""
+
+    def __init__(self):
+        super().__init__(pixels=False)
 
 
 def _state(
@@ -88,22 +110,18 @@ class _Textures(dict):
     right to write, and which two processes that start together write at the same time.
     """
 
-    def __missing__(self, tile: int):
-        from craftax.craftax_classic import constants
+    def __init__(self, constants):
+        self._constants = constants
 
-        self[tile] = constants.load_all_textures_given_size(tile)
+    def __missing__(self, tile: int):
+        self[tile] = self._constants.load_all_textures_given_size(tile)
         return self[tile]
 
 
-_TEXTURES = _Textures()
-
-
-def _draw(worlds: Any) -> Float[Array, "episodes time height width 3"]:
-    """Images in 0..255 of Craftax's states with leading axes (episode, time)."""
-    from craftax.craftax_classic import renderer
-
-    draw = renderer.make_craftax_pixel_renderer(TILE)
-    return jax.jit(jax.vmap(lambda worlds: jax.lax.map(draw, worlds, batch_size=32)))(worlds)
+@functools.cache
+def _textures(constants) -> _Textures:
+    """Those of a game, by its module of constants."""
+    return _Textures(constants)
 
 
 def side_by_side(

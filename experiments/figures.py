@@ -107,6 +107,51 @@ FIGURES = {
             },
         },
     ),
+    "width": Figure(
+        SUCCESS,
+        {
+            "u4": {"width 64, depth 4": "point_u4_maze_depth_4"}
+            | {f"width {width}, depth 4": f"point_u4_maze_width_{width}" for width in (128, 256)}
+            | {f"width 64, depth {depth}": f"point_u4_maze_depth_{depth}" for depth in (8, 16)}
+        },
+    ),
+    "actor_critic": Figure(
+        SUCCESS,
+        {
+            f"critic of depth {critic}": {
+                f"actor of depth {actor}": f"point_u4_maze_depth_{actor}"
+                if actor == critic
+                else f"point_u4_maze_actor_{actor}_critic_{critic}"
+                for actor in (4, 8, 16)
+            }
+            for critic in (4, 8, 16)
+        },
+    ),
+    "batch": Figure(
+        SUCCESS,
+        {
+            f"depth {depth}": {
+                f"batch {batch}": f"point_u4_maze_depth_{depth}" + f"_batch_{batch}" * (batch != 256)
+                for batch in (64, 128, 256, 512)
+            }
+            for depth in (4, 16)
+        },
+    ),
+    "collectors": Figure(
+        {
+            f"eval/{name}/time_at_goal": title
+            for name, title in {
+                "collector": "the collector",
+                "deep": "learner of depth 16",
+                "shallow": "learner of depth 4",
+            }.items()
+        },
+        {"u4": {f"collector of depth {depth}": f"point_u4_maze_collector_{depth}" for depth in (4, 16)}},
+    ),
+    "stitching": Figure(
+        {"eval/success_any": "trained ways, mean action", "eval/far/sampled/success_any": "far goals, sampled action"},
+        {"u": {f"depth {depth}": f"point_u_maze_stitching_depth_{depth}" for depth in (4, 8, 16)}},
+    ),
     "baselines": Figure(
         {"eval/time_at_goal": "steps at the goal, of 100"},
         {maze: {label: f"point_{maze}_maze_{name}" for label, name in METHODS.items()} for maze in ("u", "u4")},
@@ -213,6 +258,11 @@ def plot_bars(axis, curves: dict[str, str], metric: str, title: str) -> None:
     axis.set_ylim(len(curves) - 0.5, -0.5)
     axis.set(xlabel=f"{title}, last evaluation", xlim=(0, None))
     axis.grid(axis="x", alpha=0.3)
+
+
+def made_already(figure: Figure) -> bool:
+    """Whether the CSVs of all its lines are there."""
+    return all((RESULTS / f"{name}.csv").exists() for curves in figure.panels.values() for name in curves.values())
 
 
 def png(figure) -> bytes:
@@ -517,7 +567,7 @@ def measured_table(name: str, titles: dict[str, str], root: str) -> str:
 # ---- pages --------------------------------------------------------------------------------------------------------
 
 DRAWN = {
-    **{f"{name}.png": partial(draw_curves, figure) for name, figure in FIGURES.items()},
+    **{f"{name}.png": partial(draw_curves, figure) for name, figure in FIGURES.items() if made_already(figure)},
     "point_u_maze_value_map.png": draw_value_map,
     "point_u_maze_trajectories.png": draw_trajectories,
     "point_u_maze.gif": draw_film,

@@ -95,6 +95,26 @@ RUNS = {
         for depth in (16, 32)
         for name in ("sac_her", "td3_her", "gcbc")
     },
+    **{f"point_u4_maze_width_{width}": _study(flags=f"--width {width}") for width in (128, 256)},
+    **{
+        f"point_u4_maze_actor_{actor}_critic_{critic}": _study(flags=f"--actor_depth {actor} --critic_depth {critic}")
+        for actor in (4, 8, 16)
+        for critic in (4, 8, 16)
+        if actor != critic
+    },
+    **{
+        f"point_u4_maze_depth_{depth}_batch_{batch}": _study(flags=f"--depth {depth} --batch_size {batch}")
+        for depth in (4, 16)
+        for batch in (64, 128, 512)
+    },
+    **{
+        f"point_u_maze_stitching_depth_{depth}": _study("u", f"--depth {depth}").replace("maze", "maze_gen_1f2f3f")
+        for depth in (4, 8, 16)
+    },
+    **{
+        f"point_u4_maze_collector_{depth}": _study(flags=f"--depth {depth}", script="experiments/collectors.py")
+        for depth in (4, 16)
+    },
     "minicraft": "ppo_ad.py --num_seeds 5",
     "minicraft_matching": "ppo_ad.py --num_seeds 5 --prediction=false",
     "minicraft_prediction": "ppo_ad.py --num_seeds 5 --matching=false",
@@ -111,7 +131,7 @@ RUNS = {
     "sparse_point_goal_pearl": "cocoa.py --env sparse_point_goal --num_seeds 3 --contrastive=false",
     "sparse_point_goal_oracle": "cocoa.py --env sparse_point_goal --num_seeds 3 --context=oracle",
 }
-"""Name of the CSV -> the command, a script of algorithms/ and its flags."""
+"""Name of the CSV -> the command: a script, of algorithms/ where no folder is named, and its flags."""
 
 PICTURES = ("point_u_maze",)
 """Runs whose pictures are shown too."""
@@ -171,21 +191,26 @@ def publish_pictures(name: str, folder) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(shown) + "\n")
 
 
+def typed(command: str) -> str:
+    """A command of RUNS as one types it."""
+    return f"python {'' if '/' in command.split()[0] else 'algorithms/'}{command}"
+
+
 def train(command: str, folder: Path, name: str) -> None:
     """Trains by a command of RUNS into a folder, or goes on with what is there. What it prints is passed on."""
-    script, *flags = command.split()
+    _, script, *flags = typed(command).split()
     flags += ["--run_dir", str(folder)]
     if (folder / "config.json").exists():
         there = provenance(folder)
         made_by = ", then ".join([there["command"], *there.get("extended", [])])
-        if made_by != f"python algorithms/{command}":
+        if made_by != typed(command):
             raise SystemExit(f"error: {folder} holds a run of {made_by!r}; delete it to train {name} anew")
         if there["commit"] != run.commit():
             raise SystemExit(f"error: {folder} was begun at commit {there['commit']}; delete it to train {name} anew")
         print(f"{name}: going on with {folder}")
         flags = ["--resume", str(folder)]
     process = subprocess.Popen(
-        [sys.executable, f"algorithms/{script}", *flags],
+        [sys.executable, script, *flags],
         cwd=RESULTS.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -217,6 +242,16 @@ def choose(names: list[str]) -> list[str]:
     return [run for run in RUNS if any(run in known[name] for name in names)]
 
 
+def redo(chosen: list[str]) -> None:
+    """Trains these runs of RUNS, two at a time, and publishes them."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: train(RUNS[name], FOLDER / name, name), chosen))
+    for name in chosen:
+        publish(name, FOLDER / name)
+        if name in PICTURES:
+            publish_pictures(name, FOLDER / name)
+
+
 def main() -> None:
     names = sys.argv[1:]
     if names[:1] == ["publish"]:
@@ -226,17 +261,11 @@ def main() -> None:
     elif not names or names[0].startswith("-"):
         print(__doc__)
         for name, command in RUNS.items():
-            print(f"{name:40s} python algorithms/{command}")
+            print(f"{name:40s} {typed(command)}")
         for name, runs in groups().items():
             print(f"{name:40s} {len(runs)} runs: {runs[0]} ...")
     else:
-        chosen = choose(names)
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda name: train(RUNS[name], FOLDER / name, name), chosen))
-        for name in chosen:
-            publish(name, FOLDER / name)
-            if name in PICTURES:
-                publish_pictures(name, FOLDER / name)
+        redo(choose(names))
 
 
 if __name__ == "__main__":

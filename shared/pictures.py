@@ -143,7 +143,7 @@ def draw_success(folder: Path, names: tuple[str, ...], title: str) -> Path:
     mean = rates.mean(axis=0)
     axes.barh(np.arange(len(names)), mean, xerr=np.abs(np.stack([rates.min(axis=0), rates.max(axis=0)]) - mean))
     axes.set_yticks(np.arange(len(names)), [name.replace("_", " ") for name in names], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set(xlabel="episodes that unlock it, %", xlim=(0, 100), title=title)
     axes.grid(axis="x", alpha=0.3)
     return _save(figure, folder / "achievements.png", dpi=120)

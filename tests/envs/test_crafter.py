@@ -65,7 +65,7 @@ def played_beside_craftax_alone(env, game_class, steps: int) -> list[envs.Achiev
     assert_equal((state.observation, state.physics.world), (observation, world))
     assert not state.achievements.any() and not state.terminated and state.reward == 0
     states = [state]
-    for action in actions(*np.random.default_rng(0).integers(17, size=steps)):
+    for action in actions(*np.random.default_rng(0).integers(env.num_actions, size=steps)):
         step_key, key = jax.random.split(key)
         observation, world, reward, done, _ = game.step(step_key, strong(world), action, params)
         state = env.step(state, action)
@@ -100,6 +100,26 @@ def test_an_episode_of_images_is_that_of_craftax_alone(pixels):
     images = np.array([state.observation for state in states])
     assert images.shape[1:] == pixels.observation_shape == (63, 63, 3) and images.dtype == np.float32
     assert images.min() == 0 and 0.5 < images.max() <= 1
+
+
+def test_an_episode_of_the_full_game_is_that_of_craftax_alone(tmp_path):
+    """Its achievements have the order of their numbers, which is not that of craftax's list."""
+    from craftax.craftax.constants import Achievement
+    from craftax.craftax.envs.craftax_symbolic_env import CraftaxSymbolicEnvNoAutoReset
+
+    env = envs.make("craftax_symbolic")
+    states = played_beside_craftax_alone(env, CraftaxSymbolicEnvNoAutoReset, steps=300)
+    assert (env.observation_shape, env.num_actions, len(env.achievement_names)) == ((8268,), 43, 67)
+    assert all(env.achievement_names[each.value] == each.name.lower() for each in Achievement)
+    unlocked = np.diff(np.array([state.achievements for state in states]).astype(int), axis=0)
+    health = np.diff([state.physics.world.player_health for state in states])
+    # those that a random player unlocks in 300 steps are worth 1 each
+    rewards = np.array([state.reward for state in states[1:]])
+    np.testing.assert_allclose(rewards, unlocked.sum(axis=1) + 0.1 * health, atol=1e-6)
+    assert unlocked.sum() >= 2 and unlocked.min() == 0
+    some = jax.tree.map(lambda *x: jnp.stack(x)[None], *states[:3])
+    with Image.open(env.render(some, str(tmp_path / "film"))) as film:
+        assert (film.n_frames, film.size) == (3, ((11 * 10 + 1) * 3, 13 * 10 * 3))
 
 
 def test_names(symbolic, pixels):
@@ -181,11 +201,11 @@ def test_textures_need_no_file(monkeypatch, tmp_path):
 
     (tmp_path / "file").touch()
     monkeypatch.setattr(constants, "TEXTURE_CACHE_FILE", str(tmp_path / "file" / "textures"))
-    monkeypatch.setattr(crafter, "_TEXTURES", crafter._Textures())
-    envs.make("craftax_classic_symbolic")
-    assert not crafter._TEXTURES
+    crafter._textures.cache_clear()
+    env = envs.make("craftax_classic_symbolic")
+    assert not crafter._textures(constants)
     envs.make("craftax_classic_pixels")
-    assert list(crafter._TEXTURES) == [crafter.TILE], "more sizes were drawn than needed"
+    assert list(crafter._textures(constants)) == [env.tile], "more sizes were drawn than needed"
 
 
 def test_both_kinds_are_drawn_as_the_player_sees_them(symbolic, pixels, tmp_path):

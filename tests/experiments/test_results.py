@@ -18,13 +18,16 @@ import pytest
 import bench_update
 import figures
 import measure
+import paper
 import runs
-from shared import run
+from algorithms import crl
+from shared import evaluation, run
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 
 matplotlib.use("agg")
+PUBLISHED = {name: command for name, command in runs.RUNS.items() if (RESULTS / f"{name}.csv").exists()}
 GENERATED = [(name, table) for name in figures.PAGES for _, table, _ in figures.SPOT.findall((ROOT / name).read_text())]
 
 
@@ -51,7 +54,8 @@ def test_what_stands_between_two_empty_tables_stays():
 
 def test_the_readme_has_its_tables_and_no_other_result():
     assert {table for page, table in GENERATED if page == "README.md"} == {
-        *("demo", "depth", "minicraft", "craftax", "adaptation", "bench_depth", "bench_scripts", "bench_ratios")
+        *("demo", "depth", "baselines", "minicraft", "craftax", "adaptation"),
+        *("bench_depth", "bench_scripts", "bench_ratios"),
     }
     assert {table for _, table in GENERATED} == set(figures.TABLES)
     prose = figures.SPOT.sub("", (ROOT / "README.md").read_text())
@@ -75,9 +79,9 @@ def test_a_figure_is_that_of_the_csvs(name):
 
 
 def test_every_run_was_made_by_the_command_that_redoes_it():
-    for name, command in runs.RUNS.items():
+    for name, command in PUBLISHED.items():
         facts = figures.made(name)
-        assert facts["command"] == f"python algorithms/{command}", name
+        assert facts["command"] == runs.typed(command), name
         assert "extended" not in facts, name
         assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", facts["commit"]), name
         # code that differs from the commit would make it worthless; a result that was rewritten does not
@@ -95,18 +99,24 @@ def test_every_picture_is_drawn_and_every_line_is_a_published_run():
             assert set(curves.values()) <= set(runs.RUNS)
 
 
-@pytest.mark.parametrize("name", runs.RUNS)
+def configured(command):
+    _, script, *flags = runs.typed(command).split()
+    module = importlib.import_module(script.removesuffix(".py").replace("/", ".").removeprefix("experiments."))
+    recipes = getattr(module, "RECIPES", crl.RECIPES)
+    return run.configure(module.Config, recipes, module.__doc__, [script, *flags])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_run_has_all_its_seeds_and_steps(name):
-    script, *flags = runs.RUNS[name].split()
-    script = importlib.import_module(f"algorithms.{script.removesuffix('.py')}")
-    config = run.configure(script.Config, script.RECIPES, script.__doc__, [script.__name__, *flags])
+    config = configured(PUBLISHED[name])
     curve = figures.read(name)
     assert set(curve["seed"]) == set(range(config.num_seeds))
     for seed in range(config.num_seeds):
         assert curve["env_steps"][curve["seed"] == seed].max() >= config.total_env_steps
 
 
-MEASURED = [table.args[0] for table in figures.TABLES.values() if isinstance(table, functools.partial)]
+TABLES = [table for table in figures.TABLES.values() if isinstance(table, functools.partial)]
+MEASURED = [table.args[0] for table in TABLES if table.func is figures.measured_table]
 OTHER_CSVS = {"point_goal_probe", "point_goal_probe_pearl"}  # when cocoa.py itself measured the probe, by --probe
 OTHER_CSVS |= {"cocoa_choices", "crafter_envs_cpu", "random_craftax", "random_crafter", "random_points"}
 
@@ -118,7 +128,7 @@ def test_a_measurement_names_the_commit_that_was_measured(name):
 
 
 def test_every_csv_is_of_use():
-    assert {path.stem for path in RESULTS.glob("*.csv")} == {*runs.RUNS, *MEASURED, *OTHER_CSVS}
+    assert {path.stem for path in RESULTS.glob("*.csv")} == {*PUBLISHED, *MEASURED, *OTHER_CSVS}
 
 
 def test_the_interval_is_the_bootstraps():
@@ -141,6 +151,25 @@ def test_redoing_names_what_belongs_to_a_panel_and_what_is_near():
     assert len(runs.choose(["adaptation"])) == 6
     with pytest.raises(SystemExit, match=r"no run, figure or panel is named 'point_deth'.*point_depth"):
         runs.choose(["point_deth"])
+
+
+def test_side_experiments_are_figures_and_their_commands_at_full_size_can_be_typed(capsys, monkeypatch):
+    for number, side in paper.FIGURES.items():
+        assert side.shown in figures.FIGURES or set(side.shown) <= set(runs.RUNS)
+        for command in side.full:  # with the first and the last of each choice
+            for i in (0, -1):
+                config = configured(re.sub(r"\{([^}]*)\}", lambda choice, i=i: choice[1].split(",")[i], command))
+                evaluation.make_envs(config)
+        paper.main(["paper.py", number, "--full"])
+        assert capsys.readouterr().out.startswith(f"python {runs.typed(side.full[0]).split()[1]} --env ")
+    with pytest.raises(SystemExit):
+        paper.main(["paper.py", "5"])
+    assert capsys.readouterr().err.startswith("error: paper.py takes one of 4, 6, ")
+    trained = []
+    monkeypatch.setattr(runs, "redo", trained.extend)
+    paper.main(["paper.py", "9"])
+    assert trained == [f"point_u4_maze_depth_{depth}" for depth in (4, 16, 32)]
+    assert capsys.readouterr().out.count("value_map.png") == 3
 
 
 def test_redoing_does_not_pass_off_another_run(tmp_path):
