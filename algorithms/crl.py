@@ -141,6 +141,10 @@ class Config(run.RunConfig):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Operands of the matrix products in the residual blocks; everything else is float32."""
 
+    def __post_init__(self):
+        even = self.energy != "mrn" or self.representation_size % 2 == 0
+        run.need(even, f"representation_size is {self.representation_size}; --energy=mrn halves it, so it is even")
+
 
 # ---- networks -----------------------------------------------------------------------------------------------------
 
@@ -458,8 +462,6 @@ def evaluate(config: Config, env: GoalEnv, far_env: GoalEnv | None, agent: Agent
 def main(argv: list[str] | None = None) -> None:
     config = run.configure(Config, RECIPES, __doc__, argv)
     buffer.check(config)
-    even = config.energy != "mrn" or config.representation_size % 2 == 0
-    run.need(even, f"representation_size is {config.representation_size}; --energy=mrn halves it, so it is even")
     env, far_env = evaluation.make_envs(config)
     unsaved = () if config.checkpoint_replay else ("replay",)
     with run.Run(config, "crl", RECIPES, evaluation.SCORES, unsaved) as log:

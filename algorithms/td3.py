@@ -123,6 +123,11 @@ class Config(run.RunConfig):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Operands of the matrix products in the residual blocks; everything else is float32."""
 
+    def __post_init__(self):
+        fitting = self.updates_per_chunk // self.policy_delay * self.policy_delay or self.policy_delay
+        message = f"updates_per_chunk is {self.updates_per_chunk}; it is a multiple of policy_delay, e.g. {fitting}"
+        run.need(fitting == self.updates_per_chunk, message)
+
 
 # ---- networks -----------------------------------------------------------------------------------------------------
 
@@ -377,11 +382,6 @@ def evaluate(config: Config, env: GoalEnv, far_env: GoalEnv | None, agent: Agent
 def main(argv: list[str] | None = None) -> None:
     config = run.configure(Config, RECIPES, __doc__, argv)
     buffer.check(config)
-    run.need(
-        config.updates_per_chunk % config.policy_delay == 0,
-        f"updates_per_chunk is {config.updates_per_chunk}; it is a multiple of policy_delay, "
-        f"e.g. {max(1, config.updates_per_chunk // config.policy_delay) * config.policy_delay}",
-    )
     env, far_env = evaluation.make_envs(config)
     with run.Run(config, "td3", RECIPES, evaluation.SCORES) as log:
         agent = train(config, env, far_env, log)

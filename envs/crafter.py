@@ -4,7 +4,7 @@ Craftax itself, a larger game with nine floors and 67 achievements.
 The rules are those of the package craftax (1.6), which differ from Crafter's in places: scores of the two games do not
 compare. A reward is 1 for each achievement unlocked (in Craftax 1, 3, 5 or 8), plus 0.1 for each point of health won,
 minus 0.1 for each lost (of 9). Death ends an episode; the time limit is `VectorEnv`'s. Observation: the image in
-[0, 1], or a vector of the same.
+[0, 1], or a vector of the same; in Craftax the vector.
 """
 
 import functools

@@ -46,16 +46,16 @@ SUCCESS = {
     "eval/far/sampled/success_any": "far goals, sampled action",
 }
 METHODS = {
-    "CRL": "depth_4",
-    "SAC": "sac",
-    "SAC + HER": "sac_her",
-    "TD3 + HER": "td3_her",
-    "GCSL": "gcsl",
-    "GCBC": "gcbc",
-    "C-learning": "c_learning",
-    "NCE + C-learning": "nce_c_learning",
+    "CRL": ("depth_4", "crl.py", ""),
+    "SAC": ("sac", "sac.py", "--her none"),
+    "SAC + HER": ("sac_her", "sac.py", ""),
+    "TD3 + HER": ("td3_her", "td3.py", ""),
+    "GCSL": ("gcsl", "gcsl.py", ""),
+    "GCBC": ("gcbc", "gcsl.py", "--future geometric"),
+    "C-learning": ("c_learning", "c_learning.py", ""),
+    "NCE + C-learning": ("nce_c_learning", "c_learning.py", "--loss nce_c_learning"),
 }
-"""What reaches goals: label -> the end of its CSVs' names."""
+"""What reaches goals: label -> the end of its CSVs' names, script, flags."""
 FIGURES = {
     "point_depth": Figure(
         SUCCESS,
@@ -154,13 +154,13 @@ FIGURES = {
     ),
     "baselines": Figure(
         {"eval/time_at_goal": "steps at the goal, of 100"},
-        {maze: {label: f"point_{maze}_maze_{name}" for label, name in METHODS.items()} for maze in ("u", "u4")},
+        {maze: {label: f"point_{maze}_maze_{name}" for label, (name, *_) in METHODS.items()} for maze in ("u", "u4")},
         bars=True,
     ),
     "baselines_depth": Figure(
         SUCCESS,
         {
-            label: {"depth 4": f"point_u4_maze_{METHODS[label]}"}
+            label: {"depth 4": f"point_u4_maze_{METHODS[label][0]}"}
             | {f"depth {depth}": f"point_u4_maze_{name}depth_{depth}" for depth in (16, 32)}
             for label, name in {"CRL": "", "SAC + HER": "sac_her_", "TD3 + HER": "td3_her_", "GCBC": "gcbc_"}.items()
         },
@@ -467,7 +467,7 @@ def baselines_table(root: str) -> str:
         for curves in panels.values()
         for label, name in curves.items()
     ]
-    text = f"Steps at uniform goals with mean actions, last evaluation. Each with `{everywhere.strip()}`; "
+    text = f"Steps at the goal are those of mean actions at uniform goals. Each with `{everywhere.strip()}`; "
     text += f"{same_facts([name for curves in panels.values() for name in curves.values()])}; "
     text += "one maze again: `python experiments/runs.py baselines.u4`; another task: `experiments/compare.py`."
     return f"{text}\n\n{table(['method', 'command', *shown.values()], rows)}"

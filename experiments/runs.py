@@ -15,6 +15,7 @@ import csv
 import difflib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -35,16 +36,6 @@ FOLDER = RESULTS.parent / "runs/published"
 
 MAZES = ("u", "u4", "u5", "big")
 DEPTHS = (4, 8, 16, 32)
-BASELINES = {
-    "sac": ("sac.py", "--her none"),
-    "sac_her": ("sac.py", ""),
-    "td3_her": ("td3.py", ""),
-    "gcsl": ("gcsl.py", ""),
-    "gcbc": ("gcsl.py", "--future geometric"),
-    "c_learning": ("c_learning.py", ""),
-    "nce_c_learning": ("c_learning.py", "--loss nce_c_learning"),
-}
-"""Name -> script and flags, of what crl.py is compared with."""
 BLOCKS = {
     "no_norm": "--norm none",
     "relu": "--activation relu",
@@ -54,8 +45,8 @@ BLOCKS = {
 """Name -> flags of crl.py, of other blocks than the paper's."""
 
 
-def _study(maze: str = "u4", flags: str = "", script: str = "crl.py") -> str:
-    command = f"{script} --env point_{maze}_maze --num_seeds 5 --total_env_steps 500000 --eval_every 50000 {flags}"
+def _study(flags: str = "", maze: str = "u4_maze", script: str = "crl.py") -> str:
+    command = f"{script} --env point_{maze} --num_seeds 5 --total_env_steps 500000 --eval_every 50000 {flags}"
     return command.rstrip()
 
 
@@ -65,54 +56,54 @@ def _point_goal(flags: str = "") -> str:
 
 RUNS = {
     "point_u_maze": "crl.py --num_seeds 5",
-    **{f"point_{maze}_maze_depth_{depth}": _study(maze, f"--depth {depth}") for depth in DEPTHS for maze in MAZES},
-    "point_u4_maze_fixed": _study(flags="--goals fixed"),
-    "point_u4_maze_resampled_no_switch": _study(flags="--goal_switch_probability 0"),
-    "point_u4_maze_fixed_no_switch": _study(flags="--goals fixed --goal_switch_probability 0"),
-    "point_u4_maze_published_relabelling": _study(flags="--relabel published"),
-    **{f"point_u4_maze_{energy}": _study(flags=f"--energy {energy}") for energy in ("l2", "dot", "cosine")},
-    "point_u4_maze_cosine_no_penalty": _study(flags="--energy cosine --logsumexp_penalty 0"),
     **{
-        f"point_u4_maze_{loss}": _study(flags=f"--loss {loss}") for loss in ("bwd_infonce", "sym_infonce", "binary_nce")
+        f"point_{maze}_maze_depth_{depth}": _study(f"--depth {depth}", f"{maze}_maze")
+        for depth in DEPTHS
+        for maze in MAZES
     },
+    "point_u4_maze_fixed": _study("--goals fixed"),
+    "point_u4_maze_resampled_no_switch": _study("--goal_switch_probability 0"),
+    "point_u4_maze_fixed_no_switch": _study("--goals fixed --goal_switch_probability 0"),
+    "point_u4_maze_published_relabelling": _study("--relabel published"),
+    **{f"point_u4_maze_{energy}": _study(f"--energy {energy}") for energy in ("l2", "dot", "cosine")},
+    "point_u4_maze_cosine_no_penalty": _study("--energy cosine --logsumexp_penalty 0"),
+    **{f"point_u4_maze_{loss}": _study(f"--loss {loss}") for loss in ("bwd_infonce", "sym_infonce", "binary_nce")},
     **{
-        f"point_{maze}_maze_{name}": _study(maze, flags, script)
-        for name, (script, flags) in BASELINES.items()
+        f"point_{maze}_maze_{name}": _study(flags, f"{maze}_maze", script)
+        for label, (name, script, flags) in figures.METHODS.items()
         for maze in ("u", "u4")
+        if label != "CRL"  # which is there already, with its depth
     },
-    "point_u4_maze_published_depth_32": _study(flags="--published --depth 32"),
-    "point_u4_maze_published_exact_depth_32": _study(flags="--published --log_prob_epsilon 0 --depth 32"),
-    "point_u4_maze_mrn": _study(flags="--energy mrn"),
+    "point_u4_maze_published_depth_32": _study("--published --depth 32"),
+    "point_u4_maze_published_exact_depth_32": _study("--published --log_prob_epsilon 0 --depth 32"),
+    "point_u4_maze_mrn": _study("--energy mrn"),
     **{
-        f"point_u4_maze_{name}_depth_{depth}": _study(flags=f"{flags} --depth {depth}")
+        f"point_u4_maze_{name}_depth_{depth}": _study(f"{flags} --depth {depth}")
         for depth in (16, 32)
         for name, flags in BLOCKS.items()
     },
     **{
-        f"point_u4_maze_{name}_depth_{depth}": _study(
-            "u4", f"{BASELINES[name][1]} --depth {depth}".strip(), BASELINES[name][0]
-        )
+        f"point_u4_maze_{name}_depth_{depth}": _study(f"{flags} --depth {depth}".strip(), script=script)
         for depth in (16, 32)
-        for name in ("sac_her", "td3_her", "gcbc")
+        for name, script, flags in map(figures.METHODS.get, ("SAC + HER", "TD3 + HER", "GCBC"))
     },
-    **{f"point_u4_maze_width_{width}": _study(flags=f"--width {width}") for width in (128, 256)},
+    **{f"point_u4_maze_width_{width}": _study(f"--width {width}") for width in (128, 256)},
     **{
-        f"point_u4_maze_actor_{actor}_critic_{critic}": _study(flags=f"--actor_depth {actor} --critic_depth {critic}")
+        f"point_u4_maze_actor_{actor}_critic_{critic}": _study(f"--actor_depth {actor} --critic_depth {critic}")
         for actor in (4, 8, 16)
         for critic in (4, 8, 16)
         if actor != critic
     },
     **{
-        f"point_u4_maze_depth_{depth}_batch_{batch}": _study(flags=f"--depth {depth} --batch_size {batch}")
+        f"point_u4_maze_depth_{depth}_batch_{batch}": _study(f"--depth {depth} --batch_size {batch}")
         for depth in (4, 16)
         for batch in (64, 128, 512)
     },
     **{
-        f"point_u_maze_stitching_depth_{depth}": _study("u", f"--depth {depth}").replace("maze", "maze_gen_1f2f3f")
-        for depth in (4, 8, 16)
+        f"point_u_maze_stitching_depth_{depth}": _study(f"--depth {depth}", "u_maze_gen_1f2f3f") for depth in (4, 8, 16)
     },
     **{
-        f"point_u4_maze_collector_{depth}": _study(flags=f"--depth {depth}", script="experiments/collectors.py")
+        f"point_u4_maze_collector_{depth}": _study(f"--depth {depth}", script="experiments/collectors.py")
         for depth in (4, 16)
     },
     "minicraft": "ppo_ad.py --num_seeds 5",
@@ -136,7 +127,7 @@ RUNS = {
 PICTURES = ("point_u_maze",)
 """Runs whose pictures are shown too."""
 PROVENANCE = ("command", "commit", "versions", "device")
-KEPT = ("train/return", "train/episode_length", "train/episodes", "train/score")
+KEPT = tuple(f"train/{name}" for name in ("return", "episode_length", "episodes", "score", "reward", "entropy"))
 """Columns of training that are published too."""
 
 
@@ -198,7 +189,7 @@ def typed(command: str) -> str:
 
 def train(command: str, folder: Path, name: str) -> None:
     """Trains by a command of RUNS into a folder, or goes on with what is there. What it prints is passed on."""
-    _, script, *flags = typed(command).split()
+    _, script, *flags = shlex.split(typed(command))
     flags += ["--run_dir", str(folder)]
     if (folder / "config.json").exists():
         there = provenance(folder)
@@ -242,10 +233,15 @@ def choose(names: list[str]) -> list[str]:
     return [run for run in RUNS if any(run in known[name] for name in names)]
 
 
-def redo(chosen: list[str]) -> None:
-    """Trains these runs of RUNS, two at a time, and publishes them."""
+def train_all(chosen: list[str]) -> None:
+    """Trains these runs of RUNS, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda name: train(RUNS[name], FOLDER / name, name), chosen))
+
+
+def redo(chosen: list[str]) -> None:
+    """Trains and publishes these runs of RUNS."""
+    train_all(chosen)
     for name in chosen:
         publish(name, FOLDER / name)
         if name in PICTURES:

@@ -41,7 +41,7 @@ def finite(tree):
 
 
 @pytest.mark.parametrize("script", [crl, sac, td3, gcsl, c_learning])
-def test_no_row_of_a_failed_step_is_stored_and_crl_learns_on(script):
+def test_no_row_of_a_failed_step_is_stored(script):
     flags = "--num_envs=8 --unroll_length=30 --episode_length=12 --min_replay_size=30 --max_replay_size=150 --width=16"
     argv = ["crl.py", *flags.split(), "--batch_size=16", "--updates_per_chunk=4", "--env=simple_u_maze"]
     config = run.configure(script.Config, script.RECIPES, "", argv)
@@ -55,7 +55,7 @@ def test_no_row_of_a_failed_step_is_stored_and_crl_learns_on(script):
     assert finite(state.replay) and finite(state.envs)
     zeros = (np.asarray(state.replay.data.observation[0]) == 0).all(axis=-1).sum()  # whose very first step failed
     assert repeated(state.replay.data, axis=0) == broken - zeros
-    if script is not crl:
+    if script is not crl:  # the others learn from the same replay
         return
     state, metrics = jax.jit(partial(crl.learn, config, env))(state)
     assert finite(state.agent) and metrics["train/broken_steps"] == broken

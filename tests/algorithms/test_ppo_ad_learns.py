@@ -167,6 +167,7 @@ def labels(config, agent):
 
 @pytest.mark.slow
 def test_distillation_unlocks_the_deepest_achievement_more_often(distilled):
+    """Than plain PPO did in the published runs, which are not repeated here."""
     ours = rate_of_the_deepest(CONFIG, distilled.agent)
     theirs = figures.last(figures.read("minicraft_plain"), "eval/success/collect_iron").mean()
     print(f"deepest achievement: {ours:.3f}, plain PPO {theirs:.3f}")

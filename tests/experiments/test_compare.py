@@ -52,7 +52,10 @@ def test_every_method_is_trained_with_the_flags_and_drawn(trained, tmp_path, cap
         ("--env=nowhere", "crl.py: .*nowhere"),
         ("--energy=dot", "sac.py: .*energy"),
         ("--critic_depth=8", "gcsl.py: .*critic_depth"),
-        ("--run_dir=here", "the runs' folders have names of their own"),
+        ("--updates_per_chunk=5", "td3.py: updates_per_chunk is 5; it is a multiple of policy_delay, e.g. 4"),
+        ("--min_replay_size=1", "crl.py: min_replay_size is 1"),
+        ("--run_dir=here", "the runs have folders of their own"),
+        ("--resume=here", "the runs have folders of their own"),
     ],
 )
 def test_what_one_method_refuses_is_said_before_any_is_trained(flag, message, trained, capsys):

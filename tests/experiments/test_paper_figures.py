@@ -12,7 +12,6 @@ import collectors
 import embedding_path
 import residual_norms
 from algorithms import crl
-from shared import evaluation, run
 from shared.networks import ResidualMLP
 
 TINY = dict(
@@ -105,42 +104,65 @@ def test_branch_norms_equal_numpy():
                 branch = layer(network.blocks.layers, branch, (block, i))
             norms[row, block] = np.linalg.norm(branch)
             stream = stream + branch
-    np.testing.assert_allclose(residual_norms.branch_norms(network, jnp.array(x)), norms.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(residual_norms.branch_norms(network, jnp.array(x)), norms, rtol=1e-4)
+
+
+class Towards(Fixed):
+    def mode(self):
+        return self.action
 
 
 def test_a_path_is_phi_until_the_robot_arrives(monkeypatch):
-    """A robot that goes 0.12 a step is within 0.2 of its goal, at -1 or 1, after the seventh; it acts as it is told."""
-    config = crl.Config(episode_length=14, **{k: v for k, v in TINY.items() if k != "episode_length"})
+    """A robot that goes 0.12 a step is within 0.2 of its goal, at -1 or 1, after the seventh."""
+    config = crl.Config(**TINY)
     agent = crl.make_agent(config, Line(), jax.random.key(0))
-
-    class Towards(Fixed):
-        def mode(self):
-            return self.action
-
-    monkeypatch.setattr(evaluation, "make_envs", lambda config: (Line(), None))
     monkeypatch.setattr(crl, "policy", lambda agent, observation, goal: Towards(None, 0.48 * goal))
-    monkeypatch.setattr(embedding_path, "SHORTEST", 5)
-    found = embedding_path.paths(config, agent, jax.random.key(0))
+    phi, at_goal = map(np.asarray, embedding_path.played(config, Line(), None, agent, jax.random.key(0)))
+    np.testing.assert_array_equal(at_goal[:, 0], np.arange(1, 10) >= 7)
+    monkeypatch.setattr(embedding_path, "SHORTEST", 6)
+    found = embedding_path.until_the_goal(phi, at_goal)
     assert len(found) == embedding_path.EPISODES
-    positions = 0.12 * np.arange(1, 8)
+    at = lambda sign: [agent.critic.phi(jnp.array([sign * 0.12 * i, sign * 0.48], jnp.float32)) for i in range(1, 8)]
+    exact = [np.stack(at(sign)) for sign in (-1, 1)]
     for path in found:
-        assert len(path) == 7
-        each = [
-            np.stack([agent.critic.phi(jnp.array([sign * x, sign * 0.48], jnp.float32)) for x in positions])
-            for sign in (-1, 1)
-        ]
-        assert any(np.allclose(path, exact, rtol=1e-3, atol=1e-4) for exact in each)
+        assert len(path) == 7 and any(np.allclose(path, each, rtol=1e-3, atol=1e-4) for each in exact)
     monkeypatch.setattr(embedding_path, "SHORTEST", 7)
-    assert embedding_path.paths(config, agent, jax.random.key(0)) == []
+    assert embedding_path.until_the_goal(phi, at_goal) == []
+    assert embedding_path.until_the_goal(phi, np.zeros_like(at_goal)) == []
 
 
-def test_the_share_of_a_straight_path_is_a_fifth_and_of_a_late_one_all():
-    even = np.outer(np.arange(21), [3.0, 4.0])
+@pytest.mark.parametrize("points", [11, 12, 14, 21])
+def test_the_share_of_a_straight_path_is_a_fifth_and_of_a_late_one_all(points):
+    even = np.outer(np.arange(points), [3.0, 4.0])
     assert embedding_path.late_share(even) == pytest.approx(0.2)
-    late = np.zeros((21, 2))
-    late[20] = 1
+    late = np.zeros((points, 2))
+    late[-1] = 1
     assert embedding_path.late_share(late) == 1
     assert embedding_path.late_share(late[::-1]) == pytest.approx(0)
+
+
+class Falls(Line):
+    """The robot goes 1 a step and falls at its third; there it stays."""
+
+    def step(self, state, action):
+        moved = state._replace(physics=state.physics + 1.0, observation=state.physics + 1.0)
+        return moved._replace(terminated=moved.observation[0] >= 3)
+
+
+def test_residual_norms_are_those_of_the_states_until_a_fall():
+    """Positions 1, 2 and 3, and the goal, in each episode."""
+    config = crl.Config(**TINY)
+    agent = crl.make_agent(config, Line(), jax.random.key(0))
+    norms = residual_norms.of_seed(config, Falls(), agent, jax.random.key(1))
+    goals = jax.vmap(Line().sample_goal)(
+        jax.random.split(jax.random.split(jax.random.key(1), 3)[0], residual_norms.EPISODES)
+    )
+    rows = jnp.array([[position, *goal] for position in (1.0, 2.0, 3.0) for goal in np.asarray(goals)])
+    actor = residual_norms.branch_norms(agent.actor, rows).mean(axis=0)
+    psi = residual_norms.branch_norms(agent.critic.psi, rows[:, 1:]).mean(axis=0)
+    np.testing.assert_allclose(norms["actor"], actor, rtol=1e-4)
+    np.testing.assert_allclose(norms["psi"], psi, rtol=1e-4)
+    assert norms["phi"].shape == (1,) and abs(norms["phi"] - norms["actor"]) > 1e-3
 
 
 def test_programs_name_what_is_no_run(tmp_path, capsys):
@@ -151,18 +173,16 @@ def test_programs_name_what_is_no_run(tmp_path, capsys):
             assert message in capsys.readouterr().err
 
 
-def test_residual_norms_of_a_run_are_means_over_its_seeds(tmp_path, capsys):
+def test_residual_norms_of_a_run_are_means_over_its_seeds(tmp_path, capsys, monkeypatch):
     flags = ["--num_envs=8", "--episode_length=9", "--unroll_length=9", "--min_replay_size=18", "--max_replay_size=27"]
     flags += ["--batch_size=8", "--updates_per_chunk=1", "--width=8", "--num_eval_envs=2", "--total_env_steps=160"]
     crl.main(["crl.py", *flags, "--depth=8", "--num_seeds=2", f"--run_dir={tmp_path / 'run'}"])
+    agents = [crl.load(tmp_path / "run", seed)[2] for seed in (0, 1)]
     capsys.readouterr()
+    first = lambda config, env, agent, key: {"psi": agent.critic.psi.head.weight[0, :2]}
+    monkeypatch.setattr(residual_norms, "of_seed", first)
     residual_norms.main(["residual_norms.py", str(tmp_path / "run")])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [line[1] for line in lines] == ["actor", "phi", "psi"]
-    agents = [crl.load(tmp_path / "run", seed) for seed in (0, 1)]
-    config, env, _ = agents[0]
-    expected = []
-    for seed, (*_, agent) in enumerate(agents):
-        goal = residual_norms.visited(config, env, agent, run.evaluation_key(jax.random.key(seed)))[2]
-        expected.append(residual_norms.branch_norms(agent.critic.psi, goal))
-    np.testing.assert_allclose([float(x) for x in lines[2][2:]], np.mean(expected, axis=0), rtol=1e-2)
+    folder, network, *values = capsys.readouterr().out.split()
+    assert (folder, network) == (str(tmp_path / "run"), "psi")
+    expected = np.mean([agent.critic.psi.head.weight[0, :2] for agent in agents], axis=0)
+    np.testing.assert_allclose([float(x) for x in values], expected, rtol=1e-2)

@@ -153,23 +153,31 @@ def test_redoing_names_what_belongs_to_a_panel_and_what_is_near():
         runs.choose(["point_deth"])
 
 
-def test_side_experiments_are_figures_and_their_commands_at_full_size_can_be_typed(capsys, monkeypatch):
+def test_side_experiments_are_figures_and_their_commands_at_full_size_can_be_typed(capsys, monkeypatch, tmp_path):
     for number, side in paper.FIGURES.items():
         assert side.shown in figures.FIGURES or set(side.shown) <= set(runs.RUNS)
-        for command in side.full:  # with the first and the last of each choice
-            for i in (0, -1):
-                config = configured(re.sub(r"\{([^}]*)\}", lambda choice, i=i: choice[1].split(",")[i], command))
-                evaluation.make_envs(config)
         paper.main(["paper.py", number, "--full"])
-        assert capsys.readouterr().out.startswith(f"python {runs.typed(side.full[0]).split()[1]} --env ")
+        *commands, takes = capsys.readouterr().out.splitlines()
+        assert "80 GB" in takes and len(commands) == len(set(commands))
+        for command in commands:
+            config = configured(command.removeprefix("python ").removeprefix("algorithms/"))
+        evaluation.make_envs(config)
+    assert len(paper.full(paper.FIGURES["6"]).splitlines()) == 3 * 5 * 5 + 1
     with pytest.raises(SystemExit):
         paper.main(["paper.py", "5"])
     assert capsys.readouterr().err.startswith("error: paper.py takes one of 4, 6, ")
     trained = []
-    monkeypatch.setattr(runs, "redo", trained.extend)
+    monkeypatch.setattr(runs, "train_all", trained.extend)
     paper.main(["paper.py", "9"])
     assert trained == [f"point_u4_maze_depth_{depth}" for depth in (4, 16, 32)]
     assert capsys.readouterr().out.count("value_map.png") == 3
+    trained.clear()
+    monkeypatch.setattr(figures, "draw_curves", lambda figure: b"drawn")
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    monkeypatch.setattr(runs, "publish", lambda *_: None)
+    (tmp_path / "point_u4_maze_depth_4.csv").touch()
+    paper.main(["paper.py", "4"])
+    assert "point_u4_maze_width_256" in trained and "point_u4_maze_depth_4" not in trained
 
 
 def test_redoing_does_not_pass_off_another_run(tmp_path):
