@@ -95,6 +95,8 @@ class Config(run.RunConfig):
     """Cross-trajectory achievement matching in the auxiliary phase."""
     memory: bool = True
     """Policy, value and prediction also see the representation of the achievement unlocked last."""
+    achievement: Literal["change", "after"] = "change"
+    """What represents an achievement: the change of the latent state at it, as published, or the latent state after."""
     auxiliary_every: Count = 8
     """Rollouts between auxiliary phases; each phase learns from these."""
     auxiliary_epochs: Count = 6
@@ -229,6 +231,13 @@ def unit(x: Vectors) -> Vectors:
     squared = jnp.sum(x**2, axis=-1, keepdims=True)
     zero = squared < 1e-24
     return jnp.where(zero, 0, x / jnp.sqrt(jnp.where(zero, 1, squared)))
+
+
+def represent(
+    config: Config, before: Float[Array, "*batch latent"], after: Float[Array, "*batch latent"]
+) -> Float[Array, "*batch latent"]:
+    """What stands for an achievement that was unlocked between two latent states, a unit vector."""
+    return unit(after - before if config.achievement == "change" else after)
 
 
 # ---- losses -------------------------------------------------------------------------------------------------------
@@ -393,7 +402,7 @@ def prediction_loss(agent: Agent, normaliser: Normaliser, window: Step, batch: P
     latent = encode(agent, steps.observation)
     predicted = predict(agent, latent, steps.action, steps.memory)
     positive, negative, before, after = batch.index
-    anchor = unit(jnp.where(batch.follows[:, None], latent[after], 0) - latent[before])
+    anchor = represent(config, latent[before], jnp.where(batch.follows[:, None], latent[after], 0))
     loss, info = contrast(jax.lax.stop_gradient(anchor), predicted[positive], predicted[negative], batch.valid, config)
     extra, (normaliser, more) = regularisers(agent, normaliser, latent, steps, batch.weight, config)
     return loss + extra, (normaliser, info | more)
@@ -404,9 +413,9 @@ def matching_loss(agent: Agent, normaliser: Normaliser, window: Step, batch: Mat
     another episode than to some achievement there. As many steps of the episode as there are matches regularise."""
     steps = jax.tree.map(lambda x: x[batch.rows], window)
     latent = encode(agent, steps.observation)
-    represent = lambda latent, index: unit(latent[index[1]] - latent[index[0]])
-    own = represent(latent, batch.own)
-    theirs = represent(encode(jax.lax.stop_gradient(agent), window.observation[batch.their_rows]), batch.theirs)
+    own = represent(config, *latent[batch.own])
+    theirs = encode(jax.lax.stop_gradient(agent), window.observation[batch.their_rows])
+    theirs = represent(config, *theirs[batch.theirs])
 
     cost = 1 - jnp.einsum("ud,tvd->tuv", jax.lax.stop_gradient(own), theirs)
     plan = jax.vmap(partial(transport_plan, config), (0, None, 0))(cost, batch.counts[0], batch.counts[1:])
@@ -514,10 +523,10 @@ def init(config: Config, vector: VectorEnv, key: Key[Array, ""]) -> TrainState:
     )
 
 
-def recall(acting: Acting, latent: Latents, changed: Bool[Array, " batch"]) -> Memories:
-    """The memory after a step that led to this latent state, where it unlocked something: unit(phi(o') - phi(o))."""
-    change = unit(latent - acting.latent)[:, : acting.memory.shape[1]]  # no numbers, or all of them
-    return jnp.where(changed[:, None], change, acting.memory)
+def recall(config: Config, acting: Acting, latent: Latents, changed: Bool[Array, " batch"]) -> Memories:
+    """The memory after a step that led to this latent state: of the achievement, where the step unlocked one."""
+    unlocked = represent(config, acting.latent, latent)[:, : acting.memory.shape[1]]  # no numbers, or all of them
+    return jnp.where(changed[:, None], unlocked, acting.memory)
 
 
 def step(
@@ -535,7 +544,7 @@ def step(
     reward = after.reward
     if config.bootstrap_time_limit:
         last = encode(agent, after.observation)
-        last_value = normaliser.denormalise(act(agent, last, recall(acting, last, changed))[1])
+        last_value = normaliser.denormalise(act(agent, last, recall(config, acting, last, changed))[1])
         reward = reward + jnp.where(truncated, config.discount * last_value, 0)
     # where the simulator failed, nothing is better or worse than expected: the advantage is 0
     reward = jnp.where(envs.broken > current.broken, normaliser.denormalise(value), reward)
@@ -556,7 +565,7 @@ def step(
     acting = Acting(
         envs=envs,
         latent=latent,
-        memory=jnp.where(done[:, None], 0, recall(acting, latent, changed)),
+        memory=jnp.where(done[:, None], 0, recall(config, acting, latent, changed)),
         episode_return=jnp.where(done, 0, episode_return),
         key=acting.key,
     )

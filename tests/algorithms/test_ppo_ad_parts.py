@@ -732,10 +732,13 @@ def prediction_term(agent, positive, negative, anchor):
     return contrast(anchor, p, n, jnp), anchor @ p > anchor @ n
 
 
-@differentiated
-def matching_term(agent, before, after, positive, negative):
-    anchor = unit(encode(agent, after, jnp) - encode(agent, before, jnp), jnp)
+def matching_term(kind, agent, before, after, positive, negative):
+    change = encode(agent, after, jnp) - encode(agent, before, jnp)
+    anchor = unit(change if kind == "change" else encode(agent, after, jnp), jnp)
     return contrast(anchor, positive, negative, jnp), anchor @ positive > anchor @ negative
+
+
+matching_terms = {kind: differentiated(partial(matching_term, kind)) for kind in ("change", "after")}
 
 
 def regulariser(variant, agent, observation, memory, old, target):
@@ -779,7 +782,8 @@ class SlowPhase:
 
     def represent(self, e, t):
         """nu of what was unlocked at step t of environment e, with the present weights."""
-        return unit(encode(self.agent, self.observation[e, t + 1]) - encode(self.agent, self.observation[e, t]))
+        before, after = (encode(self.agent, self.observation[e, when]) for when in (t, t + 1))
+        return unit(after - before if self.config.achievement == "change" else after)
 
     def learn(self, name, terms, rows):
         """One gradient step: `terms` are ((loss, right), gradient); rows are (environment, time)."""
@@ -803,7 +807,8 @@ class SlowPhase:
         chunks = [order[i : i + batch] for i in range(0, length, batch)]
         for chunk in chunks:
             vectors = [self.represent(e, t) for t in goals]
-            none = unit(-encode(self.agent, self.observation[e, end - 1]))
+            last = encode(self.agent, self.observation[e, end - 1])
+            none = unit(-last) if self.config.achievement == "change" else 0 * last
             terms, rows = [], []
             for step in chunk:
                 t, other = start + step, start + partner[step]
@@ -831,7 +836,8 @@ class SlowPhase:
                 if free:
                     negative = theirs[max(free, key=lambda k: noise[j, u, k])]
                     pair = self.observation[e, goals[u]], self.observation[e, goals[u] + 1]
-                    terms.append(matching_term(self.agent, *pair, theirs[v], negative))
+                    term = matching_terms[self.config.achievement]
+                    terms.append(term(self.agent, *pair, theirs[v], negative))
                     rows.append((e, steps[j, u]))
                 else:
                     self.without_negative += 1
@@ -904,9 +910,11 @@ def test_an_auxiliary_phase_equals_a_slow_one(distil):
     assert len(slow.metrics["matching"]) == 2 * 6
 
 
-def test_an_auxiliary_phase_of_the_papers_variant_equals_a_slow_one():
+def test_an_auxiliary_phase_of_the_papers_variant_with_states_as_achievements_equals_a_slow_one():
     """And there is no memory."""
-    config = dataclasses.replace(CONFIG, variant="paper", memory=False, num_targets=3, auxiliary_batch_size=20)
+    config = dataclasses.replace(
+        CONFIG, variant="paper", achievement="after", memory=False, num_targets=3, auxiliary_batch_size=20
+    )
     slow, *_ = check_phase(config, jitted_phase(config), phase_state(config))
     assert len(slow.metrics["prediction"]) == 2 * 6
     assert slow.without_negative > 0
