@@ -181,6 +181,22 @@ FIGURES = {
             }
         },
     ),
+    "distillation": Figure(
+        {
+            "eval/success/collect_iron": "deepest achievement",
+            "eval/return": "achievements in an episode",
+        },
+        {
+            "temperature": {
+                f"{each}": "minicraft" if each == 0.1 else f"minicraft_temperature_{each}"
+                for each in (0.03, 0.1, 0.3, 1)
+            },
+            "rollouts between phases": {
+                f"{each}": "minicraft" if each == 8 else f"minicraft_every_{each}" for each in (2, 4, 8, 16)
+            },
+            "an achievement is": {"the change of the latent state": "minicraft", "the state after": "minicraft_after"},
+        },
+    ),
     "craftax": Figure(
         {
             "eval/score": "score, fresh episodes, %",
@@ -485,18 +501,18 @@ def same_facts(names: list[str]) -> str:
 
 
 def parts_table(figure: str, root: str) -> str:
-    """The last evaluations of a figure with one panel, a row a line."""
+    """The last evaluations of a figure, a row a line."""
     metrics, panels, _ = FIGURES[figure]
-    (parts,) = panels.values()
     rows = [
         [
             f"`{made(name)['command'].removeprefix('python algorithms/')}` ([CSV]({root}results/{name}.csv))",
-            label,
+            f"{panel}: {label}" if len(panels) > 1 else label,
             *(entry(last(read(name), metric)) for metric in metrics),
         ]
+        for panel, parts in panels.items()
         for label, name in parts.items()
     ]
-    text = f"{same_facts(list(parts.values()))}."
+    text = f"{same_facts([name for parts in panels.values() for name in parts.values()])}."
     return f"{text}\n\n{table(['command', 'what', *metrics.values()], rows)}"
 
 
@@ -584,6 +600,7 @@ TABLES = {
     "baselines_depth": partial(depth_table, "baselines_depth", "method", "{}"),
     "minicraft": lambda root: parts_table("achievements", root),
     "craftax": lambda root: parts_table("craftax", root),
+    "distillation": lambda root: parts_table("distillation", root),
     "adaptation": adaptation_table,
     "bench_depth": partial(measured_table, "bench_depth_cpu", DEPTH),
     "bench_scripts": partial(measured_table, "bench_scripts_cpu", SCRIPTS),
