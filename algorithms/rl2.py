@@ -6,7 +6,7 @@ Duan et al., 'RL^2: Fast Reinforcement Learning via Slow Reinforcement Learning'
 An agent meets tasks that differ in their rewards or their physics, and is not told which one it is in. A trial is
 several episodes in one task. The policy is a recurrent network that also sees its last action, its last reward and
 whether the episode ended; its hidden state is kept from one episode of a trial to the next. So it can explore first and
-use later what it found. PPO maximises the discounted reward of the whole trial.
+use later what it found. PPO maximises the reward of the whole trial.
 
     python algorithms/rl2.py                                     a point finds goals it is not told (a minute)
     python algorithms/rl2.py --history=false                     without the last action, reward and end: it cannot know
@@ -23,7 +23,6 @@ from typing import Annotated, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from annotated_types import Ge
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -405,8 +404,8 @@ def train(config: Config, family: TaskFamily, log: run.Run) -> None:
 def film(config: Config, family: TaskFamily, agent: Agent, tasks, key: Key[Array, ""], stem: str) -> str:
     """Draws the last episode of a trial in each of the first six tasks, with mean actions: the path."""
     record = lambda agent, tasks: play(config, family, agent, tasks, False, key, lambda state: state)[2]
-    states: TaskState = jax.jit(record)(agent, tasks[:6])
-    return family.render(jax.tree.map(lambda x: np.asarray(x[-1]).swapaxes(0, 1), states), stem)
+    states: TaskState = jax.device_get(jax.jit(record)(agent, tasks[:6]))
+    return family.render(jax.tree.map(lambda x: x[-1].swapaxes(0, 1), states), stem)
 
 
 def load(folder: str | Path, seed: int | None = None) -> tuple[Config, TaskFamily, Agent]:

@@ -42,6 +42,8 @@ def play_tasks(script, config, family: TaskFamily, agent, episodes: int, key, fi
     config = dataclasses.replace(config, eval_repeats=1)
     tasks = jnp.tile(tasks, (-(-episodes // len(tasks)), 1))[:episodes]
     scores = jax.jit(partial(script.evaluate, config, family))(agent, tasks, key)
+    if not hasattr(script, "adapt"):
+        return scores, script.film(config, family, agent, tasks, key, film)
     z = jax.vmap(family.oracle)(tasks)
     if config.context == "encoder":
         z = jax.jit(partial(script.adapt, config, family))(agent, tasks, key)[1].mean

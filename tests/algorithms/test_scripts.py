@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from algorithms import c_learning, cocoa, crl, gcsl, ppo_ad, sac, td3
+from algorithms import c_learning, cocoa, crl, gcsl, ppo_ad, rl2, sac, td3
 from shared import evaluation, replay, run
 from shared.networks import NetworkOptions
 
@@ -109,6 +109,16 @@ BAD_INPUT = {
         (["--auxiliary_every=1", "--unroll_length=2"], r"auxiliary_every x unroll_length is below 3 steps"),
         (["--transport_iterations=0"], r"transport_iterations is 0; it is at least 1"),
         (["--variant=text"], r"code\|paper"),
+        (["--resume=/tmp"], r"/tmp is not a run folder"),
+    ],
+    rl2: [
+        (["--env=half_cheeta_dir"], r"unknown environment 'half_cheeta_dir'; did you mean .*half_cheetah_dir"),
+        (["--env=half_cheetah"], r"half_cheetah is not a task family; take one of .*half_cheetah_dir"),
+        (["--num_minibatches=3"], r"num_minibatches is 3; it divides num_trials, which is 256"),
+        (["--num_episodes=1"], r"num_episodes is 1; it is at least 2"),
+        (["--discount=1.5"], r"discount is 1.5; it lies in \[0, 1\]"),
+        (["--reward_scale=0"], r"reward_scale is 0.0; it is above 0"),
+        (["--env=half_cheetah_dir", "--num_train_tasks=3"], r"3 train and 2 test tasks; there are 2 tasks"),
         (["--resume=/tmp"], r"/tmp is not a run folder"),
     ],
     cocoa: [
@@ -212,9 +222,21 @@ def cocoa_metrics() -> list[str]:
     return [*shapes(), *shapes("--context=oracle")]
 
 
+def rl2_metrics() -> list[str]:
+    config = configured(rl2)
+    family = run.make_env(config.env, rl2.TaskFamily, config.env_options)
+    config = rl2.settle(config, family)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(lambda key: rl2.init(config, family, key), key)
+    train = jax.eval_shape(lambda state: rl2.learn(config, family, state), state)[1]
+    scores = jax.eval_shape(lambda s, k: rl2.evaluate(config, family, s.agent, s.test_tasks, k), state, key)
+    return [*train, *scores, *step_counts(state)]
+
+
 METRICS = {
     **{script: partial(goal_metrics, script) for script in (crl, sac, td3, gcsl, c_learning)},
     ppo_ad: ppo_ad_metrics,
+    rl2: rl2_metrics,
     cocoa: cocoa_metrics,
 }
 SCRIPTS = list(METRICS)
