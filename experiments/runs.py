@@ -122,6 +122,7 @@ RUNS = {
     "point_goal_oracle": _point_goal("--context=oracle"),
     "point_goal_published_evaluation": _point_goal("--exploration_episodes 1 --eval_episodes 3"),
     "point_goal_rl2": "rl2.py --num_seeds 3",
+    "point_goal_maml": "maml.py --num_seeds 3",
     "sparse_point_goal": "cocoa.py --env sparse_point_goal --num_seeds 3",
     "sparse_point_goal_pearl": "cocoa.py --env sparse_point_goal --num_seeds 3 --contrastive=false",
     "sparse_point_goal_oracle": "cocoa.py --env sparse_point_goal --num_seeds 3 --context=oracle",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from algorithms import c_learning, cocoa, crl, gcsl, ppo_ad, rl2, sac, td3
+from algorithms import c_learning, cocoa, crl, gcsl, maml, ppo_ad, rl2, sac, td3
 from shared import evaluation, replay, run
 from shared.networks import NetworkOptions
 
@@ -121,6 +121,16 @@ BAD_INPUT = {
         (["--env=half_cheetah_dir", "--num_train_tasks=3"], r"3 train and 2 test tasks; there are 2 tasks"),
         (["--resume=/tmp"], r"/tmp is not a run folder"),
     ],
+    maml: [
+        (["--env=half_cheeta_dir"], r"unknown environment 'half_cheeta_dir'; did you mean .*half_cheetah_dir"),
+        (["--env=point_u_maze"], r"point_u_maze is not a task family"),
+        (["--num_episodes=1"], r"num_episodes is 1; it is at least 2"),
+        (["--inner_lr=0"], r"inner_lr is 0.0; it is above 0"),
+        (["--inner_loss=dice"], r"ratio\|log_likelihood"),
+        (["--max_kl=0"], r"max_kl is 0.0; it is above 0"),
+        (["--env=half_cheetah_dir", "--num_train_tasks=3"], r"3 train and 2 test tasks; there are 2 tasks"),
+        (["--resume=/tmp"], r"/tmp is not a run folder"),
+    ],
     cocoa: [
         (["--env=half_cheeta_vel"], r"unknown environment 'half_cheeta_vel'; did you mean .*half_cheetah_vel"),
         (["--env=half_cheetah"], r"half_cheetah is not a task family; take one of .*half_cheetah_vel"),
@@ -222,21 +232,21 @@ def cocoa_metrics() -> list[str]:
     return [*shapes(), *shapes("--context=oracle")]
 
 
-def rl2_metrics() -> list[str]:
-    config = configured(rl2)
-    family = run.make_env(config.env, rl2.TaskFamily, config.env_options)
-    config = rl2.settle(config, family)
+def meta_metrics(script) -> list[str]:
+    config = configured(script)
+    family = run.make_env(config.env, script.TaskFamily, config.env_options)
+    config = script.settle(config, family)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(lambda key: rl2.init(config, family, key), key)
-    train = jax.eval_shape(lambda state: rl2.learn(config, family, state), state)[1]
-    scores = jax.eval_shape(lambda s, k: rl2.evaluate(config, family, s.agent, s.test_tasks, k), state, key)
+    state = jax.eval_shape(lambda key: script.init(config, family, key), key)
+    train = jax.eval_shape(lambda state: script.learn(config, family, state), state)[1]
+    scores = jax.eval_shape(lambda s, k: script.evaluate(config, family, s.agent, s.test_tasks, k), state, key)
     return [*train, *scores, *step_counts(state)]
 
 
 METRICS = {
     **{script: partial(goal_metrics, script) for script in (crl, sac, td3, gcsl, c_learning)},
     ppo_ad: ppo_ad_metrics,
-    rl2: rl2_metrics,
+    **{script: partial(meta_metrics, script) for script in (rl2, maml)},
     cocoa: cocoa_metrics,
 }
 SCRIPTS = list(METRICS)
