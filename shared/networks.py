@@ -145,7 +145,9 @@ class ResidualMLP(eqx.Module):
         if depth < 4 or depth % 4:
             raise ValueError(f"depth is {depth}; it is a positive multiple of 4, because a block has four layers")
         stem_key, block_key, head_key = jax.random.split(key, 3)
-        self.stem = Layer(in_size, width, stem_key, options._replace(dtype="float32"))
+        # on the sphere nothing would tell an input from twice that input
+        norm = "layer" if options.norm == "hyperspherical" else options.norm
+        self.stem = Layer(in_size, width, stem_key, options._replace(dtype="float32", norm=norm))
         self.blocks = eqx.filter_vmap(lambda k: Block(width, k, options))(jax.random.split(block_key, depth // 4))
         self.head = Dense(width, out_size, head_key)
         self.options = options

@@ -109,6 +109,14 @@ def test_hyperspherical_layers_are_those_of_the_sheet():
     np.testing.assert_allclose(h + layer(5)(layer(3)(h)), golden, atol=2e-6)
 
 
+@pytest.mark.parametrize("norm", ["layer", "hyperspherical", "none"])
+def test_an_input_is_told_from_twice_that_input(norm):
+    """As soon as those biases are learned that can be."""
+    network = project(make(8, norm=norm))
+    x = jnp.array([0.3, -0.2, 0.1, 0.4, -0.5])
+    assert np.abs(network(x) - network(2 * x)).max() > 1e-3
+
+
 def test_hyperspherical_weights_stay_on_the_sphere_through_updates():
     config = crl.Config(
         num_envs=4, episode_length=9, unroll_length=40, min_replay_size=40, max_replay_size=40, batch_size=16, width=8,
@@ -116,13 +124,13 @@ def test_hyperspherical_weights_stay_on_the_sphere_through_updates():
     )  # fmt: skip
     env = envs.make("point_u_maze")
     state = crl.init(config, env, jax.random.key(0))
-    hidden = lambda network: [network.stem, network.blocks.layers]
     for agent in (state.agent, jax.jit(lambda s: crl.learn(config, env, crl.collect(config, env, s))[0])(state).agent):
         for network in (agent.actor, agent.critic.phi, agent.critic.psi):
-            for layers in hidden(network):
-                np.testing.assert_allclose(np.linalg.norm(layers.dense.weight, axis=-1), 1, atol=1e-6)
-                assert not np.any(layers.dense.bias)
-            assert np.abs(np.linalg.norm(network.head.weight, axis=-1) - 1).min() > 1e-3
+            dense = network.blocks.layers.dense
+            np.testing.assert_allclose(np.linalg.norm(dense.weight, axis=-1), 1, atol=1e-6)
+            assert not np.any(dense.bias)
+            for other in (network.stem.dense, network.head):
+                assert np.abs(np.linalg.norm(other.weight, axis=-1) - 1).min() > 1e-3
     plain = crl.make_agent(crl.Config(width=8), env, jax.random.key(0))
     for ours, same in zip(jax.tree.leaves(project(plain)), jax.tree.leaves(plain)):
         assert ours is same
