@@ -95,10 +95,12 @@ def test_a_trained_agent_is_loaded_in_three_lines(clone):
     said = run_in(clone, ["-c", lines.replace("RUN_FOLDER", "run")])
     assert re.fullmatch(r"distance to the goal: \d+\.\d\d\n", said)
     commands = re.findall(r"^python (experiments.*?) *#", section("Watching, comparing, playing"), re.M)
-    watch, below, play, play_elsewhere = (
+    watch, below, play, play_elsewhere, compare, paper = (
         re.sub(r"RUN_FOLDER(\.\.\.)?", "run", command).split() for command in commands
     )
     assert below[1:] == ["runs/crl"]
+    assert compare[0] == "experiments/compare.py"  # hours; its own test has it without the training
+    assert "does width do what depth does?" in run_in(clone, paper)
     table = run_in(clone, watch)
     assert re.search(r"^\| point_u_maze \| 1 \| 1,280 \| \d\.\d\d \|$", table, re.M) and (clone / "watch.png").exists()
     for command in (play, play_elsewhere):
