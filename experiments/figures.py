@@ -600,7 +600,6 @@ TABLES = {
     "baselines_depth": partial(depth_table, "baselines_depth", "method", "{}"),
     "minicraft": lambda root: parts_table("achievements", root),
     "craftax": lambda root: parts_table("craftax", root),
-    "distillation": lambda root: parts_table("distillation", root),
     "adaptation": adaptation_table,
     "bench_depth": partial(measured_table, "bench_depth_cpu", DEPTH),
     "bench_scripts": partial(measured_table, "bench_scripts_cpu", SCRIPTS),

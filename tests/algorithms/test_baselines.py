@@ -212,10 +212,11 @@ def test_nce_c_learning_has_next_states_in_so_many_rows(monkeypatch, size, disco
 
 def begun(script, **settings):
     """A config, and a state with experience, on the line."""
-    config = script.Config(
+    small = dict(
         num_envs=8, episode_length=9, unroll_length=30, min_replay_size=30, max_replay_size=30, batch_size=32, width=8,
-        updates_per_chunk=2, total_env_steps=100_000, **settings,
+        updates_per_chunk=2, total_env_steps=100_000,
     )  # fmt: skip
+    config = script.Config(**(small | settings))
     return config, jax.jit(lambda key: script.collect(config, Line(), script.init(config, Line(), key)))(
         jax.random.key(0)
     )
@@ -282,7 +283,7 @@ def test_gradients_are_taken_at_the_parameters_from_before_the_update(script):
 
 
 def test_the_actor_of_td3_moves_once_in_two_steps_and_its_target_from_the_target():
-    config, state = begun(td3, policy_delay=3, target_rate=0.5)
+    config, state = begun(td3, policy_delay=3, updates_per_chunk=3, target_rate=0.5)
     old = state._replace(target=jax.tree.map(lambda x: x + 1.0, state.target))
     new, _ = jax.jit(partial(td3.update, config, Line()))(old, jax.random.key(1))
     counts = [int(leaf) for leaf in jax.tree.leaves(new.optimizers) if leaf.dtype == jnp.int32]
