@@ -61,7 +61,7 @@ def test_the_readme_has_its_tables_and_no_other_result():
     prose = figures.SPOT.sub("", (ROOT / "README.md").read_text())
     results = prose[prose.index("## Results") : prose.index("### What is reproduced")]
     # the level of an interval, depths, and widths
-    assert [word for word in results.split() if any(c.isdigit() for c in word)] == [
+    assert [word for word in results.split() if any(c.isdigit() for c in word) and word != "TD3"] == [
         *("95", "4", "32](results/point_depth.png)", "256", "1024.", "1024", "4:")
     ]
 
