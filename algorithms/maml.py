@@ -264,8 +264,7 @@ def trpo_step(policy: Policy, data: Data, config: Config) -> tuple[Policy, dict]
     """The longest step along the natural gradient that lowers the loss and keeps to max_kl, of `line_search_steps`
     tries; if none does, none is taken."""
     losses = partial(outer_loss, data=data, config=config)
-    loss = losses(policy)[0]
-    gradient = jax.grad(lambda policy: losses(policy)[0])(policy)
+    loss, gradient = jax.value_and_grad(lambda policy: losses(policy)[0])(policy)
     divergence_gradient = jax.grad(lambda policy: losses(policy)[1])
 
     def hessian(vector: Policy) -> Policy:
@@ -328,9 +327,10 @@ def learn(config: Config, family: TaskFamily, state: TrainState) -> tuple[TrainS
 
     def of_task(task, before_key, after_key):
         before, broken, _ = play(config, family, state.agent, task, True, before_key)
-        adapted = adapt(config, state.agent, before, advantages(config, before))
+        advantage = advantages(config, before)
+        adapted = adapt(config, state.agent, before, advantage)
         after, more_broken, _ = play(config, family, adapted, task, True, after_key)
-        return Data(before, advantages(config, before), after, advantages(config, after)), broken + more_broken
+        return Data(before, advantage, after, advantages(config, after)), broken + more_broken
 
     data, broken = jax.vmap(of_task)(tasks, *(jax.random.split(key, config.num_tasks) for key in play_keys))
     agent, metrics = trpo_step(state.agent, data, config)
