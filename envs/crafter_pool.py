@@ -2,21 +2,12 @@
 
 Scores of Crafter compare with the published ones; those of envs/crafter.py, the rewrite in JAX, are of another game.
 `CrafterPool` has the methods of `VectorEnv` and may be used like it, under jit and in loops: each of its two calls
-leaves the compiled program for the processes of envs/crafter_worker.py, and returns with the observations.
+leaves the compiled program for the processes of envs/pool.py, and returns with the observations.
 """
 
-import contextlib
 import importlib.util
-import itertools
-import logging
 import os
-import pickle
-import signal
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +17,7 @@ from jaxtyping import Array, Bool, Int, Int32, Key, UInt8
 
 from envs.base import AchievementEnv, AchievementState, VectorEnv, VectorState
 from envs.crafter import EPISODES_DRAWN, save_gif, side_by_side
-
-WORKER = Path(__file__).with_name("crafter_worker.py")
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+from envs.pool import Pool
 
 
 class Crafter(AchievementEnv):
@@ -94,15 +83,6 @@ class Worlds(NamedTuple):
     """Those taken in the current episode come first, as many as `VectorState.steps` says."""
 
 
-class PoolError(RuntimeError):
-    """A call of a CrafterPool failed; the message is one line."""
-
-
-# JAX logs the traceback of an exception on its way out of a compiled program, and then raises it with all of that in
-# its message; of ours, the one line in `CrafterPool.failure` is enough
-logging.getLogger("jax._src.callback").addFilter(lambda r: not (r.exc_info and isinstance(r.exc_info[1], PoolError)))
-
-
 class CrafterPool(VectorEnv):
     """Steps `num_envs` worlds of Crafter in other processes, and resets each when its episode ends.
 
@@ -116,12 +96,7 @@ class CrafterPool(VectorEnv):
 
     def __init__(self, env: Crafter, num_envs: int, episode_length: int):
         super().__init__(env, num_envs, episode_length)
-        self.failure: str | None = None
-        self._workers: list[_Worker] = []
-        number = min(env.workers or max(8, os.cpu_count() or 1), num_envs)
-        bounds = np.linspace(0, num_envs, number + 1).astype(int)
-        self._shares = [slice(*pair) for pair in itertools.pairwise(bounds)]
-        """Which worlds each process has."""
+        self.pool = Pool("Crafter", "crafter_worker.py", min(env.workers or max(8, os.cpu_count() or 1), num_envs))
         self._latest: np.ndarray | None = None
         """Seeds, episodes and steps of the state that can be stepped, int32 (3, num_envs); None if there is none."""
 
@@ -181,7 +156,7 @@ class CrafterPool(VectorEnv):
         observation = self._open(seed, episode, [row[:n] for row, n in zip(actions, steps)])
         (odd,) = np.nonzero((observation != np.asarray(state.env.observation)).any(axis=(1, 2, 3)))
         if odd.size:
-            self._fail(
+            self.pool.fail(
                 f"Crafter's world {odd[0]} differs from the saved one after replaying its {steps[odd[0]]} actions; "
                 "was it saved with other versions of crafter or its dependencies?"
             )
@@ -190,8 +165,11 @@ class CrafterPool(VectorEnv):
     def close(self) -> None:
         """Ends the processes; the next `reset` or `restore` starts new ones."""
         self._latest = None
-        while self._workers:
-            self._workers.pop().close()
+        self.pool.close()
+
+    @property
+    def failure(self) -> str | None:
+        return self.pool.failure
 
     @property
     def _images(self) -> jax.ShapeDtypeStruct:
@@ -207,87 +185,21 @@ class CrafterPool(VectorEnv):
 
     def _step(self, clock: Array, action: Array) -> tuple[np.ndarray, ...]:
         if self.failure:
-            raise PoolError(self.failure)
+            self.pool.fail(self.failure)
         clock = np.asarray(clock)
-        if self._latest is None or (clock != self._latest).any():
-            self._fail(
+        if self._latest is None or not self.pool.workers or (clock != self._latest).any():
+            self.pool.fail(
                 "Crafter was stepped from a state that is not its latest: it has one set of worlds, for one program "
                 "at a time; use restore(state) to go back to a state"
             )
         last = clock[2] + 1 >= self.episode_length
-        results = self._ask("step", np.asarray(action), last)
+        results = self.pool.ask("step", np.asarray(action), last)
         ended = results[3] | last
         self._latest = np.stack([clock[0], clock[1] + ended, np.where(ended, 0, clock[2] + 1)])
         return results
 
     def _open(self, seed: np.ndarray, episode: np.ndarray, actions: list) -> UInt8[np.ndarray, "num_envs 64 64 3"]:
-        self.failure = self._latest = None
-        try:
-            self._workers = self._workers or [_Worker() for _ in self._shares]
-        except OSError as error:
-            self._fail(f"cannot start {len(self._shares)} Crafter workers: {error}")
-        (observation,) = self._ask("begin", seed, episode, actions)
+        self._latest = None
+        self.pool.start()
+        (observation,) = self.pool.ask("begin", seed, episode, actions)
         return observation
-
-    def _ask(self, name: str, *columns) -> tuple[np.ndarray, ...]:
-        """Has all processes do something at the same time; arguments and results have an entry for each world."""
-        answers = []
-        try:
-            for worker, share in zip(self._workers, self._shares):
-                worker.ask(name, *(column[share] for column in columns))
-            for worker in self._workers:
-                answers.append(worker.answer())
-        except (OSError, EOFError, pickle.UnpicklingError):  # nobody at the other end of a pipe
-            reason = f"Crafter worker {self._workers.index(worker)} died ({worker.last_words()})"
-            self.close()
-            self._fail(reason)
-        except KeyboardInterrupt:
-            self.close()  # the answers would be taken for those to the next request
-            raise
-        return tuple(map(np.concatenate, zip(*answers)))
-
-    def _fail(self, reason: str) -> NoReturn:
-        self.failure = reason
-        raise PoolError(reason)
-
-
-class _Worker:
-    """A process of crafter_worker.py."""
-
-    def __init__(self):
-        # not a pipe, which blocks the process when it is full
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        # -P: else the folder of the script comes first, and `import crafter` finds envs/crafter.py
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=os.environ | dict.fromkeys(THREADS, "1"),
-        )
-
-    def ask(self, *request) -> None:
-        pickle.dump(request, self._process.stdin)
-        self._process.stdin.flush()
-
-    def answer(self) -> tuple[np.ndarray, ...]:
-        return pickle.load(self._process.stdout)
-
-    def last_words(self) -> str:
-        """How the process ended, which it is about to, and the last line of its error output."""
-        code = self._process.wait()
-        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").split("\n")
-        said = [line.strip() for line in lines if line.strip()]
-        if said:
-            return f"{how}: {said[-1]}"
-        return f"{how}; is the machine out of memory?" if code == -signal.SIGKILL else how
-
-    def close(self) -> None:
-        self._process.kill()  # it has nothing to save
-        self._process.wait()
-        with contextlib.suppress(OSError):  # of a request that was left in the buffer
-            self._process.stdin.close()
-        self._process.stdout.close()
-        self._errors.close()

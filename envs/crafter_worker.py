@@ -1,15 +1,4 @@
-"""A process with some of Crafter's worlds; envs/crafter_pool.py starts it and talks to it.
-
-A script that is run and never imported: importing anything from the package `envs` loads JAX, which is 110 MB and 0.8
-seconds more for every process. On stdin come requests, a pickled tuple of the name of a method of `Worlds` and its
-arguments; each answer, a pickled tuple of arrays, goes to stdout. The end of stdin ends the process: that is also what
-it sees when its parent is killed.
-"""
-
-import os
-import pickle
-import signal
-import sys
+"""Crafter's worlds in a process of envs/pool_worker.py."""
 
 import crafter
 import numpy as np
@@ -58,23 +47,3 @@ class Worlds:
         dead = info["discount"] == 0
         achieved = np.array([info["achievements"][name] > 0 for name in crafter.constants.achievements])
         return observation, world.reset() if dead or last else observation, np.float32(reward), dead, achieved
-
-
-def main():
-    # Ctrl-C and SIGTERM reach a whole process group, but they ask the parent, which may want to finish a rollout
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else prints to stdout must not end up in the answers
-    worlds = Worlds()
-    while True:
-        try:
-            name, *arguments = pickle.load(requests)
-        except EOFError:
-            return
-        pickle.dump(getattr(worlds, name)(*arguments), answers)
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main()

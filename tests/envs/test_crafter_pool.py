@@ -21,6 +21,7 @@ from PIL import Image
 import envs
 from envs import AchievementState
 from envs.crafter_pool import Crafter, CrafterPool
+from envs.pool import shares
 
 crafter = pytest.importorskip("crafter")
 ROOT = Path(__file__).parents[2]
@@ -81,7 +82,7 @@ def assert_equal(a, b):
 
 
 def processes(pool: CrafterPool) -> list[int]:
-    return [worker._process.pid for worker in pool._workers]
+    return [worker._process.pid for worker in pool.pool.workers]
 
 
 def alive(process: int) -> bool:
@@ -293,7 +294,7 @@ ENDLESS = """
     while True:
         state, *_ = step(state, np.zeros(2, np.int32))
         if state.steps[0] == 5:
-            print(*[worker._process.pid for worker in pool._workers], flush=True)
+            print(*[worker._process.pid for worker in pool.pool.workers], flush=True)
 """
 
 
@@ -336,7 +337,7 @@ def test_workers_do_without_jax_ignore_ctrl_c_and_end_with_their_parent_even_if_
 )
 def test_worlds_are_shared_out_among_the_workers(options, num_envs, sizes):
     pool = envs.make("crafter", **options).vectorise(num_envs, LIMIT)
-    assert [share.stop - share.start for share in pool._shares] == sizes
+    assert [share.stop - share.start for share in shares(num_envs, pool.pool._number)] == sizes
     assert not processes(pool)  # they start with the first reset
 
 
