@@ -183,7 +183,7 @@ FIGURES = {
     ),
     "distillation": Figure(
         {
-            "eval/success/collect_iron": "deepest achievement",
+            "eval/success/collect_iron": "episodes that unlock iron",
             "eval/return": "achievements in an episode",
         },
         {
@@ -599,6 +599,7 @@ TABLES = {
     "baselines": baselines_table,
     "baselines_depth": partial(depth_table, "baselines_depth", "method", "{}"),
     "minicraft": lambda root: parts_table("achievements", root),
+    "distillation": lambda root: parts_table("distillation", root),
     "craftax": lambda root: parts_table("craftax", root),
     "adaptation": adaptation_table,
     "bench_depth": partial(measured_table, "bench_depth_cpu", DEPTH),
