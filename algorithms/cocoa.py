@@ -62,6 +62,10 @@ RECIPES = {
         --kl_weight 1 --contrastive_kl_weight 1
     """,
     "humanoid_dir": "--total_env_steps 2_700_000 --updates_per_iteration 4000 --context_size 256",
+    "metaworld_*": """
+        --initial_steps 4000 --tasks_per_iteration 15 --prior_steps 800 --extra_steps 800 --updates_per_iteration 4000
+        --latent_size 7 --reward_scale 0.05 --context_reward_scale 0.01 --exploration_episodes 10 --eval_episodes 11
+    """,
     "walker_params": """
         --total_env_steps 2_580_000 --meta_batch 10 --updates_per_iteration 4000 --context_size 100
         --next_observation_in_context --eval_repeats 2
@@ -109,6 +113,8 @@ class Config(run.RunConfig):
     """Transitions of a task's recent data that z is inferred from in training."""
     next_observation_in_context: bool = False
     """Transitions in the context include the next observation."""
+    context_reward_scale: Positive = 1.0
+    """Multiplies rewards in the context."""
     contrastive: bool = True
     """CoCOA's loss on the encoder. Without, this is PEARL, and the next eight flags have no effect."""
     contrastive_weight: Weight = 1.0
@@ -160,15 +166,12 @@ class Config(run.RunConfig):
 
 def settle(config: Config, family: TaskFamily) -> Config:
     """The settings with every default filled in, and steps rounded up to whole episodes."""
-    given = lambda number, default: default if number is None else number
     in_episodes = lambda steps: math.ceil(steps / config.episode_length) * config.episode_length
     phases = ("initial_steps", "prior_steps", "posterior_steps", "extra_steps")
     oracle = config.context == "oracle"
     return dataclasses.replace(
-        config,
-        num_train_tasks=given(config.num_train_tasks, family.num_train_tasks),
-        num_test_tasks=given(config.num_test_tasks, family.num_test_tasks),
-        window=given(config.window, max(1, int(0.32 * config.episode_length))),
+        run.settle_tasks(config, family),
+        window=max(1, int(0.32 * config.episode_length)) if config.window is None else config.window,
         latent_size=family.oracle_size if oracle else config.latent_size,
         contrastive=config.contrastive and not oracle,
         **{phase: in_episodes(getattr(config, phase)) for phase in phases},
@@ -190,10 +193,6 @@ def check(config: Config, family: TaskFamily) -> None:
         not config.contrastive or config.num_trajectories >= 2,
         f"num_trajectories is {config.num_trajectories}; a trajectory is told from others, so it is at least 2",
     )
-    try:
-        jax.eval_shape(lambda: family.tasks(jax.random.key(0), config.num_train_tasks, config.num_test_tasks))
-    except ValueError as error:
-        raise run.UserError(str(error)) from None
     for name in ("num_train_tasks", "meta_batch"):
         run.need(
             not config.contrastive or config.negatives == "all" or getattr(config, name) >= 2,
@@ -552,7 +551,7 @@ def init(config: Config, family: TaskFamily, key: Key[Array, ""]) -> TrainState:
 
 def context_row(config: Config, transition: Transition) -> Float[Array, "*batch row"]:
     """What the encoder sees of a step."""
-    parts = [transition.observation, transition.action, transition.reward[..., None]]
+    parts = [transition.observation, transition.action, config.context_reward_scale * transition.reward[..., None]]
     return jnp.concatenate(parts + [transition.next_observation] * config.next_observation_in_context, axis=-1)
 
 
@@ -728,10 +727,16 @@ def play(config: Config, family: TaskFamily, agent: Agent, z: Float[Array, "batc
     return jax.lax.scan(step, start, None, length=config.episode_length)[1]
 
 
+def outcome(family: TaskFamily, before: TaskState, after: TaskState) -> tuple:
+    """The reward of a step, and whether the task is solved then, where the family has that notion, else None."""
+    return jnp.where(before.terminated, 0, after.reward), family.solved(after) if family.solved else None
+
+
 def adapt(
     config: Config, family: TaskFamily, agent: Agent, tasks: Float[Array, "batch task"], key: Key[Array, ""]
-) -> tuple[Float[Array, "episodes batch"], Gaussian]:
-    """Meets each task anew: returns of the episodes in turn, and the posterior that the last one acted on.
+) -> tuple[Float[Array, "episodes batch"], Gaussian, Bool[Array, "episodes batch"] | None]:
+    """Meets each task anew: returns of the episodes in turn, the posterior that the last one acted on, and in which
+    episodes the task was solved.
 
     z is drawn from the prior in the first `exploration_episodes`, then from the posterior given all steps so far.
     """
@@ -740,7 +745,7 @@ def adapt(
     def observe(before, action, after):
         ended, reward = after.terminated.astype(jnp.float32), after.reward
         transition = Transition(before.observation, action, reward, reward, after.observation, ended)
-        return context_row(config, transition), ~before.terminated, jnp.where(before.terminated, 0, reward)
+        return context_row(config, transition), ~before.terminated, outcome(family, before, after)
 
     def episode(carry, i):
         context, valid = carry
@@ -751,29 +756,33 @@ def adapt(
             lambda: embed(agent.model.encoder, context, valid),
         )
         start = reset(family, tasks, start_key)
-        seen, counts, rewards = play(config, family, agent, belief.sample(z_key), start, observe)
+        seen, counts, (rewards, solved) = play(config, family, agent, belief.sample(z_key), start, observe)
         put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(0, 1), i * time, axis=1)
-        return (put(context, seen), put(valid, counts)), (rewards.sum(axis=0), belief)
+        solved = solved.any(axis=0) if family.solved else None
+        return (put(context, seen), put(valid, counts)), (rewards.sum(axis=0), belief, solved)
 
     rows = batch, config.eval_episodes * time
     width = agent.model.encoder.layers[0].weight.shape[-1]
     empty = jnp.zeros((*rows, width)), jnp.zeros(rows, bool)
-    _, (returns, beliefs) = jax.lax.scan(episode, empty, jnp.arange(config.eval_episodes))
-    return returns, jax.tree.map(lambda x: x[-1], beliefs)
+    _, (returns, beliefs, solved) = jax.lax.scan(episode, empty, jnp.arange(config.eval_episodes))
+    return returns, jax.tree.map(lambda x: x[-1], beliefs), solved
 
 
 def evaluate(
     config: Config, family: TaskFamily, agent: Agent, test_tasks: Float[Array, "tasks task"], key: Key[Array, ""]
 ) -> dict:
-    """Returns on the test tasks, each met `eval_repeats` times."""
+    """Returns on the test tasks, each met `eval_repeats` times, and the share of episodes that solved them."""
     key, _ = jax.random.split(key)
     tasks = jnp.tile(test_tasks, (config.eval_repeats, 1))
     if config.context == "oracle":
-        score = lambda before, _, after: jnp.where(before.terminated, 0, after.reward)
-        returns = play(config, family, agent, jax.vmap(family.oracle)(tasks), reset(family, tasks, key), score)
-        return {"eval/return_oracle": returns.sum(axis=0).mean()}
-    returns, _ = adapt(config, family, agent, tasks, key)
-    return {"eval/return_prior": returns[0].mean(), "eval/return_adapted": returns[-1].mean()}
+        score = lambda before, _, after: outcome(family, before, after)
+        z, start = jax.vmap(family.oracle)(tasks), reset(family, tasks, key)
+        rewards, solved = play(config, family, agent, z, start, score)
+        success = {"eval/success_oracle": solved.any(axis=0).mean()} if family.solved else {}
+        return {"eval/return_oracle": rewards.sum(axis=0).mean()} | success
+    returns, _, solved = adapt(config, family, agent, tasks, key)
+    success = {"eval/success_adapted": solved[-1].mean()} if family.solved else {}
+    return {"eval/return_prior": returns[0].mean(), "eval/return_adapted": returns[-1].mean()} | success
 
 
 # ---- main ---------------------------------------------------------------------------------------------------------
@@ -785,7 +794,7 @@ def main(argv: list[str] | None = None) -> None:
     family = run.make_env(given.env, TaskFamily, given.env_options)
     config = settle(given, family)
     check(config, family)
-    with run.Run(given, "cocoa", RECIPES, SCORES) as log:
+    with run.Run(given, "cocoa", RECIPES, SCORES, worlds=[family]) as log:
         train(config, family, log)
 
 
@@ -798,7 +807,7 @@ def train(config: Config, family: TaskFamily, log: run.Run) -> None:
     tasks = f"{config.num_train_tasks} train tasks, {config.num_test_tasks} test tasks, by {family.simulator}"
     log.describe(what, tasks, agent=shapes.agent[:3])
     state = log.restore(shapes)
-    collect_chunk = log.compile("collect", partial(collect, config, family), shapes, donate=True)
+    collect_chunk = log.compile("collect", partial(collect, config, family), shapes, donate=family.in_jax)
     learn_chunk = log.compile("learn", partial(learn, config, family), shapes, donate=True)
     score = log.compile("evaluate", partial(evaluate, config, family), shapes.agent, shapes.test_tasks, log.seeds)
     if state is None:
@@ -823,7 +832,7 @@ def draw(config: Config, family: TaskFamily, agent: Agent, tasks: Float[Array, "
     z = oracle = jax.vmap(family.oracle)(tasks)
     if config.context == "encoder":
         repeats = max(1, EMBEDDINGS // len(tasks))
-        _, posterior = jax.jit(partial(adapt, config, family))(agent, jnp.tile(tasks, (repeats, 1)), adapt_key)
+        _, posterior, _ = jax.jit(partial(adapt, config, family))(agent, jnp.tile(tasks, (repeats, 1)), adapt_key)
         shown = posterior.mean, np.tile(oracle, (repeats, 1)), config.env, log.folder / "embedding.png"
         log.draw("embedding", pictures.draw_embedding, *shown)
         z = posterior.sample(z_key)[: len(tasks)]

@@ -38,6 +38,7 @@ RECIPES = {
         --total_env_steps 480_000 --episode_length 20 --num_tasks 20 --num_episodes 20 --eval_repeats 5
         --eval_every 48_000 --checkpoint_every 240_000
     """,
+    "metaworld_*": "--total_env_steps 2_500_000 --num_tasks 10 --num_episodes 10",
 }
 """Flags for environments whose name matches a pattern; a flag that is given overrides them."""
 
@@ -91,16 +92,6 @@ class Config(run.RunConfig):
     """Environment steps between evaluations; the end of the run always has one."""
     checkpoint_every: Count = 4_000_000
     """Environment steps between checkpoints; the beginning and the end always have one."""
-
-
-def settle(config: Config, family: TaskFamily) -> Config:
-    """With the family's numbers of tasks where none are given. UserError if it has not so many."""
-    train, test = config.num_train_tasks or family.num_train_tasks, config.num_test_tasks or family.num_test_tasks
-    try:
-        jax.eval_shape(lambda key: family.tasks(key, train, test), jax.random.key(0))
-    except ValueError as error:
-        raise run.UserError(str(error)) from None
-    return dataclasses.replace(config, num_train_tasks=train, num_test_tasks=test)
 
 
 # ---- policy -------------------------------------------------------------------------------------------------------
@@ -161,10 +152,10 @@ def play(
     task: Float[Array, " task"],
     sampled: bool,
     key: Key[Array, ""],
-    record=lambda state: (),
+    record=lambda before, after: (),
 ) -> tuple[Rows, Int[Array, ""], PyTree]:
     """Episodes in a task, with sampled actions or the mean ones: their steps, in how many of them the simulator failed,
-    and record(state) of each."""
+    and record(before, after) of each."""
     start_key, key = jax.random.split(key)
 
     def step(state, key):
@@ -175,7 +166,7 @@ def play(
         valid = ~state.terminated
         row = Rows(state.observation, action, mean, policy.log_std, jnp.where(valid, after.reward, 0), valid)
         # a robot that fell stays as it was
-        return select(valid, after, state), (row, (broken & valid).sum(), record(state))
+        return select(valid, after, state), (row, (broken & valid).sum(), record(state, after))
 
     start = jax.vmap(family.reset)(jax.random.split(start_key, config.num_episodes))
     start = jax.vmap(family.with_task, (0, None))(start, task)
@@ -186,16 +177,17 @@ def play(
 def fitted(config: Config, rows: Rows) -> Series:
     """The linear baseline of these episodes: returns regressed on the observation, its square, and powers of time.
 
-    By the normal equations with a ridge of 1e-5; in float32 their Cholesky solution is right where least squares by
-    singular values is not."""
+    By the normal equations with a ridge of 1e-5, or ten times more until there is a solution; in float32 their Cholesky
+    solution is right where least squares by singular values is not."""
     time = jnp.broadcast_to(jnp.arange(len(rows.reward))[:, None] / 100, rows.reward.shape)
     seen = jnp.clip(rows.observation, -10, 10)
     powers = jnp.stack([time, time**2, time**3, jnp.ones_like(time)], axis=-1)
     features = jnp.concatenate([seen, seen**2, powers], axis=-1) * rows.valid[..., None]
     returns = discounted(config.discount, rows.reward)
     x, y = features.reshape(-1, features.shape[-1]), (returns * rows.valid).reshape(-1)
-    weights = jax.scipy.linalg.solve(x.T @ x + 1e-5 * jnp.eye(x.shape[1]), x.T @ y, assume_a="pos")
-    return features @ weights
+    solve = lambda ridge: jax.scipy.linalg.solve(x.T @ x + ridge * jnp.eye(x.shape[1]), x.T @ y, assume_a="pos")
+    weights = jax.vmap(solve)(10.0 ** jnp.arange(-5, 1))
+    return features @ weights[jnp.argmax(jnp.isfinite(weights).all(axis=1))]
 
 
 def discounted(discount: float, x: Series) -> Series:
@@ -382,14 +374,21 @@ def evaluate(
     with sampled actions, and after the inner step on two."""
     tasks = jnp.tile(test_tasks, (config.eval_repeats, 1))
     key, play_key = jax.random.split(key)
-    score = lambda policy, task, key: play(config, family, policy, task, False, key)[0].reward.sum(axis=0).mean()
-    mean = lambda policies: jax.vmap(score)(policies, tasks, jax.random.split(play_key, len(tasks))).mean()
+    solved = lambda _, after: family.solved(after) if family.solved else ()
+
+    def score(policies):
+        of_task = lambda policy, task, key: play(config, family, policy, task, False, key, solved)
+        rows, _, successes = jax.vmap(of_task)(policies, tasks, jax.random.split(play_key, len(tasks)))
+        return rows.reward.sum(axis=1).mean(), successes
+
     unadapted = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(tasks), *x.shape)), agent)
-    return {
-        "eval/return_prior": mean(unadapted),
-        "eval/return_adapted": mean(adapted_policies(config, family, agent, tasks, config.num_episodes, key)),
-        "eval/return_adapted_by_two": mean(adapted_policies(config, family, agent, tasks, 2, key)),
+    adapted, successes = score(adapted_policies(config, family, agent, tasks, config.num_episodes, key))
+    metrics = {
+        "eval/return_prior": score(unadapted)[0],
+        "eval/return_adapted": adapted,
+        "eval/return_adapted_by_two": score(adapted_policies(config, family, agent, tasks, 2, key))[0],
     }
+    return metrics | ({"eval/success_adapted": successes.any(axis=1).mean()} if family.solved else {})
 
 
 # ---- main ---------------------------------------------------------------------------------------------------------
@@ -399,8 +398,8 @@ def evaluate(
 def main(argv: list[str] | None = None) -> None:
     given = run.configure(Config, RECIPES, __doc__, argv)
     family = run.make_env(given.env, TaskFamily, given.env_options)
-    config = settle(given, family)
-    with run.Run(given, "maml", RECIPES, SCORES) as log:
+    config = run.settle_tasks(given, family)
+    with run.Run(given, "maml", RECIPES, SCORES, worlds=[family]) as log:
         train(config, family, log)
 
 
@@ -411,7 +410,7 @@ def train(config: Config, family: TaskFamily, log: run.Run) -> None:
     tasks = f"{config.num_train_tasks} train tasks, {config.num_test_tasks} test tasks, by {family.simulator}"
     log.describe("first-order MAML" if config.first_order else "MAML", tasks, policy=shapes.agent)
     state = log.restore(shapes)
-    learn_chunk = log.compile("learn", partial(learn, config, family), shapes, donate=True)
+    learn_chunk = log.compile("learn", partial(learn, config, family), shapes, donate=family.in_jax)
     score = log.compile("evaluate", partial(evaluate, config, family), shapes.agent, shapes.test_tasks, log.seeds)
     if state is None:
         state = begin(log.seeds)
@@ -431,7 +430,7 @@ def film(config: Config, family: TaskFamily, agent: Policy, tasks, key: Key[Arra
 
     def record(agent, tasks):
         policies = adapted_policies(config, family, agent, tasks, config.num_episodes, key)
-        one = lambda policy, task: play(config, family, policy, task, False, key, lambda state: state)[2]
+        one = lambda policy, task: play(config, family, policy, task, False, key, lambda before, _: before)[2]
         return jax.vmap(one)(policies, tasks)
 
     states: TaskState = jax.device_get(jax.jit(record)(agent, tasks[:6]))
@@ -442,7 +441,7 @@ def load(folder: str | Path, seed: int | None = None) -> tuple[Config, TaskFamil
     """Settings, task family and policy of a run, of its first seed or another; only reads (see the README)."""
     config = run.load_config(Config, folder)
     family = run.make_env(config.env, TaskFamily, config.env_options)
-    config = settle(config, family)
+    config = run.settle_tasks(config, family)
     return config, family, run.load_agent(partial(make_agent, config, family), folder, config, seed)
 
 

@@ -827,7 +827,7 @@ def main(argv: list[str] | None = None) -> None:
         f"num_seeds is {config.num_seeds}; {config.env} runs outside of JAX, so it is 1",
     )
     vectors = [env.vectorise(n, config.episode_length) for n in (config.num_envs, config.num_eval_envs)]
-    with run.Run(config, "ppo_ad", RECIPES, SCORES, vectors=vectors) as log:
+    with run.Run(config, "ppo_ad", RECIPES, SCORES, worlds=vectors) as log:
         agent = train(config, *vectors, log)
         draw(config, vectors[1], agent, log)
 
@@ -840,7 +840,7 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
     what = f"PPO with {', '.join(switches)}" if switches else "plain PPO"
     log.describe(what, f"simulator: {vector.env.simulator}", agent=shapes.agent, encoder=shapes.agent.encoder)
     state = log.restore(shapes)
-    # donates nothing, so that the state outlives an environment that fails
+    # donates nothing, so that the state outlives an environment that fails, and is saved
     collect_rollout = log.compile("collect", partial(collect, config, vector), shapes)
     learn_rollout = log.compile("learn", partial(learn, config), shapes, *collect_rollout.output, donate=True)
     score = log.compile("evaluate", partial(evaluate, config, eval_vector), shapes.agent, log.seeds)
@@ -855,11 +855,7 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
         log.progress.show("replaying the episodes that were going on")
         vector.restore(run.one_seed(state.acting.envs))
     while log.going(state):
-        try:
-            rollout = jax.block_until_ready(collect_rollout(state))
-        except RuntimeError:
-            log.save(state)
-            raise
+        rollout = jax.block_until_ready(collect_rollout(state))
         state, metrics = learn_rollout(state, *rollout)
         if auxiliary_losses(config) and state.env_steps[0] // rollout_steps(config) % config.auxiliary_every == 0:
             phase = partial(distil, config, programs, log.progress.show)

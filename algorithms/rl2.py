@@ -12,7 +12,7 @@ use later what it found. PPO maximises the reward of the whole trial.
     python algorithms/rl2.py --history=false                     without the last action, reward and end: it cannot know
     python algorithms/rl2.py --env half_cheetah_dir              forwards or backwards
 
-The point tasks have a recipe, for two CPU cores. Results, metrics and details: algorithms/rl2.md.
+The point tasks' recipe is for two CPU cores. Results, metrics and details: algorithms/rl2.md.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from annotated_types import Ge
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from envs import TaskFamily, TaskState, intact, select
 from shared import pictures, run
@@ -39,6 +39,10 @@ RECIPES = {
         --total_env_steps 1_000_000 --episode_length 20 --num_trials 256 --reward_scale 0.5 --discount 0.9
         --gae_lambda 0.9 --update_epochs 6 --learning_rate 2e-3 --eval_repeats 5 --eval_every 100_000
         --checkpoint_every 500_000
+    """,
+    "metaworld_*": """
+        --total_env_steps 2_500_000 --num_episodes 11 --num_trials 10 --num_minibatches 5 --width 256
+        --reward_scale 0.001
     """,
 }
 """Flags for environments whose name matches a pattern; a flag that is given overrides them."""
@@ -98,14 +102,9 @@ class Config(run.RunConfig):
 
 def settle(config: Config, family: TaskFamily) -> Config:
     """With the family's numbers of tasks where none are given. UserError if settings cannot work together."""
-    train, test = config.num_train_tasks or family.num_train_tasks, config.num_test_tasks or family.num_test_tasks
-    try:
-        jax.eval_shape(lambda key: family.tasks(key, train, test), jax.random.key(0))
-    except ValueError as error:
-        raise run.UserError(str(error)) from None
     message = f"num_minibatches is {config.num_minibatches}; it divides num_trials, which is {config.num_trials}"
     run.need(config.num_trials % config.num_minibatches == 0, message)
-    return dataclasses.replace(config, num_train_tasks=train, num_test_tasks=test)
+    return run.settle_tasks(config, family)
 
 
 # ---- networks -----------------------------------------------------------------------------------------------------
@@ -191,10 +190,10 @@ def play(
     tasks: Float[Array, "trials task"],
     sampled: bool,
     key: Key[Array, ""],
-    record=lambda state: (),
-) -> tuple[Rows, Int[Array, ""], tuple]:
+    record=lambda before, after: (),
+) -> tuple[Rows, Int[Array, ""], PyTree]:
     """A trial in each task, with sampled actions or the mean ones: its steps, how many of them the simulator failed in,
-    and record(state) of each, (episode, time, trials, ...)."""
+    and record(before, after) of each, (episode, time, trials, ...)."""
     trials = len(tasks)
 
     def step(carry, key):
@@ -208,7 +207,7 @@ def play(
         row = Rows(x, action, log_prob(agent, mean, action), reward, valid)
         x = inputs(config, after, action, reward)
         # a robot that fell stays as it was
-        return (select(valid, after, state), hidden, x), (row, (broken & valid).sum(), record(state))
+        return (select(valid, after, state), hidden, x), (row, (broken & valid).sum(), record(state, after))
 
     def episode(hidden, key):
         start_key, key = jax.random.split(key)
@@ -357,9 +356,13 @@ SCORES = run.Scores(
 def evaluate(
     config: Config, family: TaskFamily, agent: Agent, test_tasks: Float[Array, "tasks task"], key: Key[Array, ""]
 ) -> dict:
-    """Returns of the first and the last episode of trials in the test tasks, with mean actions."""
-    rows, *_ = play(config, family, agent, jnp.tile(test_tasks, (config.eval_repeats, 1)), False, key)
-    return dict(zip(("eval/return_prior", "eval/return_adapted"), first_and_last(config, rows)))
+    """Returns of the first and the last episode of trials in the test tasks, with mean actions; and the share of last
+    episodes that solved the task, where the family has that notion."""
+    tasks = jnp.tile(test_tasks, (config.eval_repeats, 1))
+    solved = lambda _, after: family.solved(after) if family.solved else ()
+    rows, _, solved = play(config, family, agent, tasks, False, key, solved)
+    metrics = dict(zip(("eval/return_prior", "eval/return_adapted"), first_and_last(config, rows)))
+    return metrics | ({"eval/success_adapted": solved[-1].any(axis=0).mean()} if family.solved else {})
 
 
 # ---- main ---------------------------------------------------------------------------------------------------------
@@ -370,7 +373,7 @@ def main(argv: list[str] | None = None) -> None:
     given = run.configure(Config, RECIPES, __doc__, argv)
     family = run.make_env(given.env, TaskFamily, given.env_options)
     config = settle(given, family)
-    with run.Run(given, "rl2", RECIPES, SCORES) as log:
+    with run.Run(given, "rl2", RECIPES, SCORES, worlds=[family]) as log:
         train(config, family, log)
 
 
@@ -386,7 +389,7 @@ def train(config: Config, family: TaskFamily, log: run.Run) -> None:
         critic=shapes.agent.critic,
     )
     state = log.restore(shapes)
-    learn_chunk = log.compile("learn", partial(learn, config, family), shapes, donate=True)
+    learn_chunk = log.compile("learn", partial(learn, config, family), shapes, donate=family.in_jax)
     score = log.compile("evaluate", partial(evaluate, config, family), shapes.agent, shapes.test_tasks, log.seeds)
     if state is None:
         state = begin(log.seeds)
@@ -403,7 +406,7 @@ def train(config: Config, family: TaskFamily, log: run.Run) -> None:
 
 def film(config: Config, family: TaskFamily, agent: Agent, tasks, key: Key[Array, ""], stem: str) -> str:
     """Draws the last episode of a trial in each of the first six tasks, with mean actions: the path."""
-    record = lambda agent, tasks: play(config, family, agent, tasks, False, key, lambda state: state)[2]
+    record = lambda agent, tasks: play(config, family, agent, tasks, False, key, lambda before, _: before)[2]
     states: TaskState = jax.device_get(jax.jit(record)(agent, tasks[:6]))
     return family.render(jax.tree.map(lambda x: x[-1].swapaxes(0, 1), states), stem)
 

@@ -84,12 +84,21 @@ FAMILIES = {
     "walker_params": ("envs.families.WalkerParams", {}),
 }
 """Task families (meta-RL)."""
+THESIS_TASKS = (
+    *("assembly", "bin_picking", "button_press_topdown_wall", "button_press_wall", "coffee_button", "coffee_pull"),
+    *("dial_turn", "door_close", "door_lock", "drawer_close", "faucet_close", "hand_insert", "handle_press_side"),
+    *("handle_pull", "peg_unplug_side", "pick_out_of_hole", "pick_place", "pick_place_wall", "plate_slide"),
+    *("plate_slide_back_side", "push", "push_back", "push_wall", "reach", "reach_wall", "shelf_place", "soccer"),
+    *("sweep", "sweep_into", "window_open"),
+)
+METAWORLD = {f"metaworld_{task}": ("envs.metaworld.MetaWorld", {"task": task}) for task in THESIS_TASKS}
+"""Task families of Meta-World, those of the CoCOA thesis."""
 
 
 def names() -> list[str]:
     """All names that `make` takes, but for stitching tasks of other distances than the published ones."""
     in_mazes = [f"{robot}_{maze}" for robot in IN_MAZES for maze in mazes.names()]
-    return sorted([*in_mazes, *IN_THE_OPEN, *WITH_ACHIEVEMENTS, *FAMILIES])
+    return sorted([*in_mazes, *IN_THE_OPEN, *WITH_ACHIEVEMENTS, *FAMILIES, *METAWORLD])
 
 
 def make(name: str, /, **options: Any) -> Env:
@@ -120,12 +129,12 @@ def make_kind(name: str, kind: type[Env], /, **options: Any) -> Env:
     actual, script = GoalEnv, "crl.py"
     if name in WITH_ACHIEVEMENTS:
         actual, script = AchievementEnv, "ppo_ad.py"
-    elif name in FAMILIES:
+    elif name in FAMILIES | METAWORLD:
         actual, script = TaskFamily, "cocoa.py"
     complaint = {
         GoalEnv: f"has no goals to reach; it is for {script}",
         AchievementEnv: f"has no achievements to unlock; take one of {', '.join(WITH_ACHIEVEMENTS)}, or run {script}",
-        TaskFamily: f"is not a task family; take one of {', '.join(FAMILIES)}",
+        TaskFamily: f"is not a task family; take one of {', '.join(FAMILIES)} or of Meta-World, as metaworld_reach",
     }
     if actual is not kind:
         raise ValueError(f"{name} {complaint[kind]}")
@@ -141,7 +150,7 @@ def far_goals(name: str) -> str | None:
 def _class_and_arguments(name: str) -> tuple[str, dict[str, Any]]:
     """Where the class of an environment is, and the arguments that its name stands for; ValueError if there is none."""
     robot = max((robot for robot in IN_MAZES if name.startswith(f"{robot}_")), key=len, default="")
-    without_maze = IN_THE_OPEN | WITH_ACHIEVEMENTS | FAMILIES
+    without_maze = IN_THE_OPEN | WITH_ACHIEVEMENTS | FAMILIES | METAWORLD
     if name in without_maze:
         return without_maze[name]
     if robot and (name in names() or "_gen_" in name):

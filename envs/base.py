@@ -8,7 +8,7 @@ environment.
 import abc
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -232,7 +232,16 @@ class TaskFamily(Env):
       task_size: length of the task vector.
       oracle_size: length of `oracle(task)`.
       num_train_tasks, num_test_tasks: how many there are, as published.
+      longest_episode: in steps, where the simulator has a limit of its own.
+      solved: states -> whether the task is solved in each, where a family has that notion.
+      in_jax: whether the worlds live in this process; else `close` ends theirs, and `failure` says in one line why a
+        call failed.
     """
+
+    longest_episode: int | None = None
+    solved: Callable[[TaskState], Bool[Array, "*batch"]] | None = None
+    in_jax: bool = True
+    failure: str | None = None
 
     task_size: int
     oracle_size: int
@@ -261,6 +270,9 @@ class TaskFamily(Env):
     def training_reward(self, state: TaskState) -> Float[Array, ""]:
         """The reward to learn from; `TaskState.reward` is what context and scores are made of."""
         return state.reward
+
+    def close(self) -> None:
+        """Ends the processes of a family that has any."""
 
 
 class VectorState(NamedTuple):

@@ -46,7 +46,7 @@ def r2(
     parts = []
     for tasks, adapt_key in ((train_tasks, train_key), (test_tasks, test_key)):
         tasks = jnp.tile(tasks, (config.eval_repeats, 1))
-        _, posterior = cocoa.adapt(config, family, agent, tasks, adapt_key)
+        _, posterior, _ = cocoa.adapt(config, family, agent, tasks, adapt_key)
         parts += [posterior.mean, jax.vmap(family.oracle)(tasks)]
     return probe(*parts)
 

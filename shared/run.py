@@ -229,6 +229,20 @@ def make_env(name: str, kind: type[envs.Env], options: str) -> envs.Env:
         raise UserError(str(error)) from None
 
 
+def settle_tasks(config, family: envs.TaskFamily):
+    """The settings, with the family's numbers of tasks where none are given; UserError if it cannot have so many, or
+    episodes so long."""
+    train, test = config.num_train_tasks or family.num_train_tasks, config.num_test_tasks or family.num_test_tasks
+    try:
+        jax.eval_shape(lambda key: family.tasks(key, train, test), jax.random.key(0))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    limit = family.longest_episode or config.episode_length
+    message = f"episode_length is {config.episode_length}; an episode of {config.env} has at most {limit} steps"
+    need(config.episode_length <= limit, message)
+    return dataclasses.replace(config, num_train_tasks=train, num_test_tasks=test)
+
+
 def load_config(config_class, folder):
     """The settings of the run in a folder; UserError if there is none, or another version of the script made it."""
     try:
@@ -451,18 +465,19 @@ class Run:
       recipes: the script's, as for `configure`.
       scores: what to show of evaluations.
       unsaved: fields of the state that checkpoints leave out; a restored state has None there.
-      vectors: vectorised environments, closed at the end; a RuntimeError that is their failure becomes a UserError.
+      worlds: vectorised environments or task families, closed at the end. A RuntimeError that is their failure becomes
+        a UserError, and the latest state is saved.
 
     Raises:
       UserError: the folder cannot be written, already holds a run, or another process is at work on it.
     """
 
-    def __init__(self, config, algorithm: str, recipes: dict[str, str], scores: Scores, unsaved=(), vectors=()):
+    def __init__(self, config, algorithm: str, recipes: dict[str, str], scores: Scores, unsaved=(), worlds=()):
         use_precision(config)
-        self.config, self.recipes, self.scores, self._vectors = config, recipes, scores, vectors
+        self.config, self.recipes, self.scores, self._worlds = config, recipes, scores, worlds
         self.stopping, self.compile_seconds, self.steps, self.seeds = None, 0.0, {}, _seed_keys(config)
         self._unsaved, self.columns, self._score, self._sinks = dict.fromkeys(unsaved), [], "", []
-        self._unwritten, self._broken = "", 0
+        self._unwritten, self._broken, self._latest = "", 0, None
         try:
             self.folder = _open_folder(config, algorithm, recipes)
             self._lock = _lock(self.folder)
@@ -492,11 +507,13 @@ class Run:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self.progress.close()
+        failures = [world.failure for world in self._worlds if world.failure and isinstance(error, RuntimeError)]
+        if failures and self._latest and not any(x.is_deleted() for x in jax.tree.leaves(self._latest)):
+            self.save(self._latest)
         self._end(failed=error is not None)
-        failures = [vector.failure for vector in self._vectors if vector.failure]
-        for vector in self._vectors:
-            vector.close()
-        if failures and isinstance(error, RuntimeError):
+        for world in self._worlds:
+            world.close()
+        if failures:
             saved = _checkpoints(self.folder)
             go_on = f"; to go on from the last checkpoint: --resume {self.folder}" if saved else ""
             raise UserError(failures[0] + go_on) from None
@@ -648,7 +665,7 @@ class Run:
 
     def going(self, state) -> bool:
         """Whether there is another chunk to do. After Ctrl-C, SIGTERM or SIGHUP: saves, says how to go on, exits."""
-        self.steps = _count(state)
+        self._latest, self.steps = state, _count(state)
         if self._first_step is None:  # after all compilation: speed is counted from here
             self._first_step = self._last_step = (self.steps["env_steps"], self.seconds)
             if self._saved_at is None:
@@ -672,6 +689,7 @@ class Run:
 
     def evaluates(self, state) -> bool:
         """Whether an evaluation is due after the chunk that led to this state."""
+        self._latest = state
         return self._due(self.config.eval_every, self.steps, _count(state))
 
     def evaluation_keys(self, state) -> Key[jax.Array, " num_seeds"]:

@@ -196,7 +196,7 @@ def test_adaptation_uses_the_prior_first_and_then_exactly_the_steps_so_far(famil
     config = small(exploration_episodes=2, eval_episodes=4)
     agent = cocoa.make_agent(config, family, jax.random.key(0))
     tasks = jnp.array([[7.0], [12.0]])  # the second falls after 3 steps
-    returns, posterior = cocoa.adapt(config, family, agent, tasks, jax.random.key(0))
+    returns, posterior, _ = cocoa.adapt(config, family, agent, tasks, jax.random.key(0))
     jax.effects_barrier()
     np.testing.assert_array_equal(returns, np.tile([7.0 * EPISODE, 12.0 * 3], (4, 1)))
     np.testing.assert_array_equal(used, [[2 * EPISODE, 6], [3 * EPISODE, 9]])

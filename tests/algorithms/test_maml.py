@@ -259,7 +259,7 @@ def test_episodes_are_steps_of_the_policy_until_a_fall(family, scale):
     config = dataclasses.replace(CONFIG, action_scale=scale)
     policy = maml.make_agent(config, family, jax.random.key(0))._replace(log_std=jnp.full(2, -0.3))
     rows, broken, states = jax.jit(
-        lambda task: maml.play(config, family, policy, task, True, jax.random.key(1), lambda s: s)
+        lambda task: maml.play(config, family, policy, task, True, jax.random.key(1), lambda before, after: before)
     )(jnp.array([0.5, 0.5]))
     assert int(broken) == 0 and rows.reward.shape == (5, 3)
     x, valid = np.asarray(rows.observation), np.asarray(rows.valid)
@@ -279,7 +279,7 @@ def test_episodes_are_steps_of_the_policy_until_a_fall(family, scale):
 
 def test_an_iteration_plays_before_and_after_the_inner_step_and_changes_the_policy():
     family = PointGoal()
-    config = maml.settle(CONFIG, family)
+    config = run.settle_tasks(CONFIG, family)
     state = maml.init(config, family, jax.random.key(0))
     new, metrics = jax.jit(partial(maml.learn, config, family))(state)
     assert (int(new.env_steps), int(new.outer_steps)) == (2 * 4 * 3 * 5, 1)

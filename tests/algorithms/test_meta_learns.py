@@ -16,7 +16,7 @@ OPTIMISED = True
 def returns(script, steps, **settings):
     """With held-out goals, before and after adaptation, after so many steps of the default recipe."""
     given = run.configure(script.Config, script.RECIPES, None, [script.__name__])
-    config, family = script.settle(dataclasses.replace(given, **settings), PointGoal()), PointGoal()
+    config, family = run.settle_tasks(dataclasses.replace(given, **settings), PointGoal()), PointGoal()
     state = jax.jit(partial(script.init, config, family))(jax.random.key(0))
     learn = jax.jit(partial(script.learn, config, family), donate_argnums=0)
     while state.env_steps < steps:

@@ -118,7 +118,7 @@ def trials(request):
     agent = rl2.make_agent(CONFIG, family, jax.random.key(0))
     tasks = jax.vmap(family.sample_task)(jax.random.split(jax.random.key(1), 6))
     play = jax.jit(partial(rl2.play, CONFIG, family), static_argnames=("sampled", "record"))
-    states = play(agent, tasks, key=jax.random.key(2), sampled=True, record=lambda state: state)
+    states = play(agent, tasks, key=jax.random.key(2), sampled=True, record=lambda before, after: before)
     return family, agent, tasks, states
 
 

@@ -235,7 +235,7 @@ def cocoa_metrics() -> list[str]:
 def meta_metrics(script) -> list[str]:
     config = configured(script)
     family = run.make_env(config.env, script.TaskFamily, config.env_options)
-    config = script.settle(config, family)
+    config = run.settle_tasks(config, family)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = jax.eval_shape(lambda key: script.init(config, family, key), key)
     train = jax.eval_shape(lambda state: script.learn(config, family, state), state)[1]

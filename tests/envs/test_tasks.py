@@ -155,7 +155,10 @@ def test_make_kind_takes_every_name_as_what_its_class_is(monkeypatch):
 def test_an_environment_of_another_kind_is_refused_in_one_line(name, kind, complaint, monkeypatch):
     """Before its file is imported, which takes seconds."""
     monkeypatch.setattr(envs, "importlib", None)
-    complaint = complaint.format(games=", ".join(envs.WITH_ACHIEVEMENTS), families=", ".join(envs.FAMILIES))
+    complaint = complaint.format(
+        games=", ".join(envs.WITH_ACHIEVEMENTS),
+        families=", ".join(envs.FAMILIES) + " or of Meta-World, as metaworld_reach",
+    )
     with pytest.raises(ValueError) as error:
         envs.make_kind(name, kind)
     assert str(error.value) == f"{name} {complaint}"

@@ -830,17 +830,34 @@ def test_a_program_of_one_seed_is_compiled_as_it_is_and_adds_no_columns(tmp_path
 def test_environments_are_closed_and_their_failure_is_one_line(tmp_path, failure, error):
     for saved, said in ((False, "a worker died$"), (True, "a worker died; to go on .*: --resume")):
         closed = []
-        vectors = [
+        worlds = [
             SimpleNamespace(failure=f, close=lambda f=f, closed=closed: closed.append(f)) for f in (None, failure)
         ]
         with (
             pytest.raises(error, match=said if failure else "another fault"),
-            run.Run(Config(run_dir=str(tmp_path / "r")), "test", RECIPES, SCORES, vectors=vectors) as log,
+            run.Run(Config(run_dir=str(tmp_path / "r")), "test", RECIPES, SCORES, worlds=worlds) as log,
         ):
             if saved:
                 log.save(state_at(20))
             raise RuntimeError("another fault")
         assert closed == [None, failure]
+
+
+@pytest.mark.parametrize("donated", [False, True])
+def test_when_a_world_fails_the_latest_state_is_saved_if_it_is_still_there(tmp_path, donated):
+    worlds = [SimpleNamespace(failure="a worker died", close=lambda: None)]
+    with (
+        pytest.raises(run.UserError, match=r"a worker died; to go on .*: --resume"),
+        run.Run(Config(run_dir=str(tmp_path / "r")), "test", RECIPES, SCORES, worlds=worlds) as log,
+    ):
+        log.going(jax.tree.map(jnp.copy, state_at(20)))  # which saves the first one in any case
+        state = jax.tree.map(jnp.copy, state_at(40))
+        log.evaluates(state)
+        if donated:
+            state.agent.delete()
+        raise RuntimeError("another fault")
+    saved = sorted(int(path.stem) for path in (tmp_path / "r" / "checkpoints").glob("*.eqx"))
+    assert saved == ([20] if donated else [20, 40])
 
 
 def test_a_missing_logger_is_named(tmp_path, monkeypatch):
