@@ -39,6 +39,8 @@ class Figure(NamedTuple):
     """Name of a panel -> its lines: label -> the CSV, a name in results/ or a path, without its ending."""
     bars: bool = False
     """At the end, the last values of the first metric."""
+    one_scale: bool = True
+    """Panels of a row share their vertical axis."""
 
 
 SUCCESS = {
@@ -197,6 +199,23 @@ FIGURES = {
             "an achievement is": {"the change of the latent state": "minicraft", "the state after": "minicraft_after"},
         },
     ),
+    "meta_learning": Figure(
+        {"eval/return_adapted": "return in test tasks, adapted"},
+        {
+            family: {
+                label: f"{family}_{name}_equal_steps"
+                for label, name in {
+                    "told the task": "oracle",
+                    "CoCOA": "cocoa",
+                    "PEARL": "pearl",
+                    "RL2": "rl2",
+                    "MAML": "maml",
+                }.items()
+            }
+            for family in ("point_goal", "half_cheetah_dir")
+        },
+        one_scale=False,
+    ),
     "craftax": Figure(
         {
             "eval/score": "score, fresh episodes, %",
@@ -222,7 +241,10 @@ def lines(name: str) -> tuple[list[str], list[dict[str, str]]]:
 def read(name: str) -> dict[str, np.ndarray]:
     """The columns of results/NAME.csv as numbers."""
     _, rows = lines(name)
-    return {column: np.array([float(row[column] or "nan") for row in rows]) for column in rows[0]}
+    columns = {column: np.array([float(row[column] or "nan") for row in rows]) for column in rows[0]}
+    if "eval/return_oracle" in columns:  # who is told the task need not adapt
+        columns["eval/return_adapted"] = columns["eval/return_oracle"]
+    return columns
 
 
 def made(name: str) -> dict:
@@ -293,11 +315,11 @@ def png(figure) -> bytes:
 def draw_curves(shown: Figure) -> bytes:
     from matplotlib import pyplot, ticker
 
-    metrics, panels, bars = shown
+    metrics, panels, bars, one_scale = shown
     shape = (len(metrics) + bars, len(panels)) if len(panels) > 1 else (1, len(metrics) + bars)
     figure, axes = pyplot.subplots(
         *shape, figsize=(max(2.4 * shape[1], 9), 2.8 * shape[0]), squeeze=False,
-        sharey="row" if len(panels) > 1 else False, layout="constrained",
+        sharey="row" if len(panels) > 1 and one_scale else False, layout="constrained",
     )  # fmt: skip
     spots = iter(axes.flat)
     for metric, title in metrics.items():
@@ -305,7 +327,8 @@ def draw_curves(shown: Figure) -> bytes:
             axis = next(spots)
             for label, file in curves.items():
                 plot(axis, read(file), metric, label)
-            axis.set(title=panel if len(panels) > 1 else title, xlabel="environment steps", ylim=(0, None))
+            axis.set(title=panel if len(panels) > 1 else title, xlabel="environment steps")
+            axis.set_ylim(0 if min(line.get_ydata().min() for line in axis.lines) >= 0 else None)
             axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
             axis.grid(alpha=0.3)
     for axis, curves in zip(spots, panels.values()):
@@ -502,7 +525,7 @@ def same_facts(names: list[str]) -> str:
 
 def parts_table(figure: str, root: str) -> str:
     """The last evaluations of a figure, a row a line."""
-    metrics, panels, _ = FIGURES[figure]
+    metrics, panels, *_ = FIGURES[figure]
     rows = [
         [
             f"`{made(name)['command'].removeprefix('python algorithms/')}` ([CSV]({root}results/{name}.csv))",
@@ -601,6 +624,7 @@ TABLES = {
     "minicraft": lambda root: parts_table("achievements", root),
     "distillation": lambda root: parts_table("distillation", root),
     "craftax": lambda root: parts_table("craftax", root),
+    "meta_learning": lambda root: parts_table("meta_learning", root),
     "adaptation": adaptation_table,
     "bench_depth": partial(measured_table, "bench_depth_cpu", DEPTH),
     "bench_scripts": partial(measured_table, "bench_scripts_cpu", SCRIPTS),

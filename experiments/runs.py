@@ -54,6 +54,28 @@ def _point_goal(flags: str = "") -> str:
     return f"cocoa.py --num_seeds 3 {flags}".rstrip()
 
 
+def _equal_steps() -> dict[str, str]:
+    """The meta-learners with as many environment steps each."""
+    points = "--total_env_steps 480_000 --eval_every 48_000 --num_seeds 3"
+    pearl_points = f"{points.replace(' --eval', ' --updates_per_iteration 100 --eval')}"
+    robot = "--env half_cheetah_dir --total_env_steps 512_000 --episode_length 100 --eval_every 64_000 --num_seeds 3"
+    pearl_robot = (
+        f"{robot} --initial_steps 1000 --prior_steps 400 --extra_steps 400 --tasks_per_iteration 4 "
+        "--updates_per_iteration 150 --batch_size 128 --width 128 --encoder_width 128"
+    )
+    runs = {
+        "point_goal_rl2": f"rl2.py {points}",
+        "point_goal_maml": f"maml.py {points}",
+        "half_cheetah_dir_rl2": f"rl2.py {robot} --num_episodes 2 --num_trials 32 --reward_scale 1 --update_epochs 8 "
+        "--eval_repeats 4",
+        "half_cheetah_dir_maml": f"maml.py {robot} --num_tasks 16 --num_episodes 10 --eval_repeats 4",
+    }
+    for agent, flag in {"cocoa": "", "pearl": "--contrastive=false ", "oracle": "--context=oracle "}.items():
+        runs[f"point_goal_{agent}"] = f"cocoa.py {flag}{pearl_points}"
+        runs[f"half_cheetah_dir_{agent}"] = f"cocoa.py {flag}{pearl_robot}"
+    return {f"{name}_equal_steps": command for name, command in runs.items()}
+
+
 RUNS = {
     "point_u_maze": "crl.py --num_seeds 5",
     **{
@@ -126,6 +148,8 @@ RUNS = {
     "sparse_point_goal": "cocoa.py --env sparse_point_goal --num_seeds 3",
     "sparse_point_goal_pearl": "cocoa.py --env sparse_point_goal --num_seeds 3 --contrastive=false",
     "sparse_point_goal_oracle": "cocoa.py --env sparse_point_goal --num_seeds 3 --context=oracle",
+    **_equal_steps(),
+    "ant": "crl.py --env ant --num_envs 128 --updates_per_chunk 200 --batch_size 256 --total_env_steps 10000000",
 }
 """Name of the CSV -> the command: a script, of algorithms/ where no folder is named, and its flags."""
 

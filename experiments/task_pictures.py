@@ -87,20 +87,22 @@ def point_picture(env, state) -> Image.Image:
     return image
 
 
-def robot_picture(env, state) -> Image.Image:
-    """The scene in 3-D, the goal a red ball; a maze from above, with its first row at the top."""
+def robot_picture(env, state, view=()) -> Image.Image:
+    """The scene in 3-D, the goal a red ball; a maze from above, with its first row at the top. Points `view`
+    (n, 3), if there are any, are what the camera has in view."""
     positions, rotations = (np.asarray(array, float) for array in env.poses(state))
     shapes = [world_shape(shape, positions, rotations) for shape in env.shapes]
     flat = env.maze or env.name in ("ant_push", "reacher")
     if flat:  # walls overlap, and MuJoCo would light faces in one plane twice
         shapes = [shrunk(shape, 0.001 * i) if shape.kind == "box" else shape for i, shape in enumerate(shapes)]
     points = np.concatenate([corners(shape) for shape in shapes if shape.kind != "plane"])
+    points = np.asarray(view) if len(view) else points
     centre, reach = middle(points)
     goal = env.goal_position(state).astype(float)
     if np.linalg.norm(goal - centre) < 2.5 * reach:  # a far one would make the robot too small
         radius = env.marker_radius or max(env.success_radius, 0.03 * reach)
         shapes.append(viewer.Shape("sphere", (radius,), (*GOAL, 0.7), -1, tuple(goal), (1.0, 0.0, 0.0, 0.0)))
-        points = np.concatenate([points, corners(shapes[-1])])
+        points = points if len(view) else np.concatenate([points, corners(shapes[-1])])
         centre, reach = middle(points)
 
     camera = mujoco.MjvCamera()
