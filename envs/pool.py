@@ -34,7 +34,7 @@ class Pool:
 
     Args:
       name: what the worlds are called in messages.
-      worlds: a file of this folder that defines the class `Worlds`; its methods are the requests.
+      worlds: a file, of this folder if it names none, that defines the class `Worlds`; its methods are the requests.
       number: how many processes.
       arguments: of `Worlds`, as strings.
       variables: of the processes' environment.
@@ -48,7 +48,7 @@ class Pool:
         self.failure: str | None = None
         self.workers: list[_Worker] = []
         self._name, self._number, self._lock = name, number, threading.Lock()
-        self._command = [sys.executable, "-P", str(WORKER), str(WORKER.with_name(worlds)), *arguments]
+        self._command = [sys.executable, "-P", str(WORKER), str(WORKER.parent / worlds), *arguments]
         self._variables = os.environ | dict.fromkeys(THREADS, "1") | variables
 
     def start(self) -> None:

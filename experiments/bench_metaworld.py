@@ -42,7 +42,7 @@ def speeds(name: str) -> dict:
         seconds["package"].append(measure.timed(package)[0])
         for workers, family in families.items():
             step = lambda state, action, family=family: (jax.vmap(family.step)(state, action), ())
-            start = jax.vmap(family._begin)(tasks)
+            start = jax.vmap(family.begin)(tasks)
             roll = jax.jit(partial(jax.lax.scan, step)).lower(start, actions).compile()
             seconds[workers].append(measure.timed(roll, start, actions)[0])
     for family in families.values():

@@ -61,7 +61,20 @@ import envs
 from shared.networks import count_parameters
 
 PACKAGES = (
-    *("jax", "jaxlib", "equinox", "optax", "ott-jax", "brax", "mujoco", "mujoco-mjx", "craftax", "crafter", "numpy"),
+    *(
+        "jax",
+        "jaxlib",
+        "equinox",
+        "optax",
+        "ott-jax",
+        "brax",
+        "mujoco",
+        "mujoco-mjx",
+        "craftax",
+        "crafter",
+        "metaworld",
+        "numpy",
+    ),
 )
 CHECKPOINTS_KEPT = 2
 TIMING_COLUMNS = ("seconds", "compile_seconds", "env_steps_per_second")

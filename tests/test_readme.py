@@ -133,11 +133,19 @@ def test_an_environment_of_ones_own_is_a_class_and_a_line(clone):
     text = re.search(r"^## An environment of your own\n(.*?)^## ", (ROOT / "envs/README.md").read_text(), re.M | re.S)[
         1
     ]
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    (line,) = re.findall(r"```\n(    \".*?)```", text, re.S)
+    cart, _, pendulum = text.partition("### One of Gymnasium")
+    blocks = lambda text: re.findall(r"```(?:python)?\n(.*?)```", text, re.S)
+    code, line = blocks(cart)
     assert code.count("\n") < 32
     (clone / "envs/cart.py").write_text(code)
+    worker, family, family_line = blocks(pendulum)
+    (clone / "envs/pendulum_worker.py").write_text(worker)
+    (clone / "envs/pendulum.py").write_text(family)
     path = clone / "envs/__init__.py"
-    path.write_text(path.read_text().replace("IN_THE_OPEN = {\n", "IN_THE_OPEN = {\n" + line))
-    assert SHOWN in run_in(clone, [*command_in(text), *TINY.split()], "--run_dir", "run")
+    names = path.read_text().replace("IN_THE_OPEN = {\n", "IN_THE_OPEN = {\n" + line)
+    path.write_text(names.replace("\nFAMILIES = {\n", "\nFAMILIES = {\n" + family_line))
+    assert SHOWN in run_in(clone, [*command_in(cart), *TINY.split()], "--run_dir", "run")
     assert (clone / "run/rollout.html").exists()
+    small = "--total_env_steps 400 --num_trials 4 --num_episodes 2 --episode_length 20 --width 8"
+    said = run_in(clone, [*command_in(pendulum), *small.split()], "--run_dir", "pendulum")
+    assert "50 train tasks, 10 test tasks, by Pendulum in" in said and (clone / "pendulum/rollout.png").exists()
