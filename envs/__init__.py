@@ -65,6 +65,11 @@ IN_THE_OPEN = {
     "half_cheetah": ("envs.half_cheetah.HalfCheetah", {}),
 }
 """Other tasks with goals, with the arguments that make them."""
+OGBENCH = {
+    f"pointmaze_{maze}": ("envs.ogbench_point.PointMaze", {"layout": maze})
+    for maze in ("medium", "large", "giant", "teleport")
+}
+"""OGBench's point mazes, which are tasks with goals too."""
 WITH_ACHIEVEMENTS = {
     "craftax_classic_pixels": ("envs.crafter.CraftaxClassic", {"pixels": True}),
     "craftax_classic_symbolic": ("envs.crafter.CraftaxClassic", {"pixels": False}),
@@ -98,7 +103,7 @@ METAWORLD = {f"metaworld_{task}": ("envs.metaworld.MetaWorld", {"task": task}) f
 def names() -> list[str]:
     """All names that `make` takes, but for stitching tasks of other distances than the published ones."""
     in_mazes = [f"{robot}_{maze}" for robot in IN_MAZES for maze in mazes.names()]
-    return sorted([*in_mazes, *IN_THE_OPEN, *WITH_ACHIEVEMENTS, *FAMILIES, *METAWORLD])
+    return sorted([*in_mazes, *IN_THE_OPEN, *OGBENCH, *WITH_ACHIEVEMENTS, *FAMILIES, *METAWORLD])
 
 
 def make(name: str, /, **options: Any) -> Env:
@@ -150,7 +155,7 @@ def far_goals(name: str) -> str | None:
 def _class_and_arguments(name: str) -> tuple[str, dict[str, Any]]:
     """Where the class of an environment is, and the arguments that its name stands for; ValueError if there is none."""
     robot = max((robot for robot in IN_MAZES if name.startswith(f"{robot}_")), key=len, default="")
-    without_maze = IN_THE_OPEN | WITH_ACHIEVEMENTS | FAMILIES | METAWORLD
+    without_maze = IN_THE_OPEN | OGBENCH | WITH_ACHIEVEMENTS | FAMILIES | METAWORLD
     if name in without_maze:
         return without_maze[name]
     if robot and (name in names() or "_gen_" in name):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.ndimage
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Real
 
 DRAWINGS = {
     "u_maze": """
@@ -216,17 +216,23 @@ class Maze:
       cells: the drawing, one string a row.
       cell_size: side of a cell, in metres.
       distances: empty, or the path lengths from start to goal, in cells, of a stitching task (see `load`).
+      origin: x and y of the centre of the first cell.
     """
 
     name: str
     cells: tuple[str, ...]
     cell_size: float
     distances: tuple[int, ...] = ()
+    origin: tuple[float, float] = (0.0, 0.0)
+
+    def at(self, cells: Real[np.ndarray, "*batch 2"]) -> Float[np.ndarray, "*batch 2"]:
+        """x and y of rows and columns."""
+        return np.asarray(cells, np.float32) * self.cell_size + np.array(self.origin, np.float32)
 
     def positions(self, kind: str) -> Float[np.ndarray, "count 2"]:
         """Centres (x, y) of the cells of a kind ('#', 'R', 'G' or '.'), in reading order."""
         found = [(i, j) for i, row in enumerate(self.cells) for j, cell in enumerate(row) if cell == kind]
-        return np.array(found, np.float32).reshape(-1, 2) * self.cell_size
+        return self.at(np.array(found).reshape(-1, 2))
 
     @property
     def is_wall(self) -> np.ndarray:
@@ -276,8 +282,8 @@ class Maze:
             rectangles = cover_by_rectangles(self.is_wall)
         else:
             rectangles = np.array([(i, j, i + 1, j + 1) for i, j in np.argwhere(self.is_wall)])
-        low, high = rectangles[:, :2] - 0.5, rectangles[:, 2:] - 0.5
-        return np.concatenate([(low + high) / 2, (high - low) / 2], axis=1).astype(np.float32) * self.cell_size
+        low, high = self.at(rectangles[:, :2] - 0.5), self.at(rectangles[:, 2:] - 0.5)
+        return np.concatenate([(low + high) / 2, (high - low) / 2], axis=1)
 
     def add_walls(self, world: ElementTree.Element, merged: bool = True) -> None:
         """Adds the walls to an MJCF worldbody: boxes half a cell high that touch what has a conaffinity or contype."""
@@ -369,9 +375,9 @@ def draw(maze: Maze, axes) -> None:
     """Draws the walls on matplotlib axes, world x to the right and y upwards, equal scales."""
     for x, y, half_x, half_y in maze.wall_boxes():
         axes.add_patch(_rectangle((x - half_x, y - half_y), 2 * half_x, 2 * half_y))
-    rows, columns = maze.is_wall.shape
-    axes.set_xlim(-0.5 * maze.cell_size, (rows - 0.5) * maze.cell_size)
-    axes.set_ylim(-0.5 * maze.cell_size, (columns - 0.5) * maze.cell_size)
+    (left, bottom), (right, top) = maze.at(np.array([[0, 0], maze.is_wall.shape]) - 0.5)
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
     axes.set_aspect("equal")
 
 

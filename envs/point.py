@@ -63,7 +63,7 @@ class PointMaze(GoalEnv):
         at_goal = np.linalg.norm(path - goal, axis=-1) < self.success_radius
         arrivals = at_goal.argmax(axis=1)[at_goal.any(axis=1)]
         end = arrivals.max() + 5 if len(arrivals) else None
-        return _film(path[:, :end], goal[:, :end], stem, ROBOT_RADIUS, lambda axes: mazes.draw(self.maze, axes), labels)
+        return film(path[:, :end], goal[:, :end], stem, ROBOT_RADIUS, lambda axes: mazes.draw(self.maze, axes), labels)
 
 
 class PointGoal(TaskFamily):
@@ -100,7 +100,7 @@ class PointGoal(TaskFamily):
     def render(self, states: TaskState, stem: str) -> str:
         """A GIF of all episodes side by side: the points, their trails and their goals (crosses)."""
         square = lambda axes: axes.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6), aspect="equal")
-        return _film(states.physics, states.task, stem, 0.04, square)
+        return film(states.physics, states.task, stem, 0.04, square)
 
 
 class SparsePointGoal(PointGoal):
@@ -136,7 +136,7 @@ def _on_arc(angle: Float[Array, ""]) -> Float[Array, "2"]:
     return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 
 
-def _film(
+def film(
     path: Float[ArrayLike, "episodes time 2"],
     goals: Float[ArrayLike, "episodes time 2"],
     stem: str,

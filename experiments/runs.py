@@ -61,7 +61,7 @@ def _equal_steps() -> dict[str, str]:
     robot = "--env half_cheetah_dir --total_env_steps 512_000 --episode_length 100 --eval_every 64_000 --num_seeds 3"
     pearl_robot = (
         f"{robot} --initial_steps 1000 --prior_steps 400 --extra_steps 400 --tasks_per_iteration 4 "
-        "--updates_per_iteration 150 --batch_size 128 --width 128 --encoder_width 128"
+        "--updates_per_iteration 150 --replay_size 600_000 --batch_size 128 --width 128 --encoder_width 128"
     )
     runs = {
         "point_goal_rl2": f"rl2.py {points}",

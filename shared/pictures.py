@@ -14,14 +14,15 @@ from shared import evaluation, run
 
 
 def draw_curve(folder: Path, scores: run.Scores, bottom: float | None = -0.02) -> Path:
-    """`curve.png` of a run folder: scores against environment steps, the mean over seeds, and a band from the lowest to
+    """`curve.png` of a run folder: scores against the run's clock, the mean over seeds, and a band from the lowest to
     the highest. `bottom`: where the vertical axis begins; None for wherever the curves do."""
     pyplot, metrics = _pyplot(), run.read_metrics(folder)
+    steps = "env_steps" if "env_steps" in metrics else "gradient_steps"
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, label in scores.curves.items():
         if name in metrics:
-            _plot_seeds(axes, metrics["env_steps"], metrics[name], label)
-    axes.set(xlabel="environment steps", ylabel=scores.what, ylim=(bottom, None))
+            _plot_seeds(axes, metrics[steps], metrics[name], label)
+    axes.set(xlabel=steps.replace("env_", "environment ").replace("_", " "), ylabel=scores.what, ylim=(bottom, None))
     axes.grid(alpha=0.3)
     axes.legend()
     return _save(figure, folder / "curve.png", dpi=120)
@@ -47,7 +48,7 @@ def draw_goal_reaching(
       policy: (observation, goal) -> distribution, batched.
       value: (observation, goal) -> what the critic thinks of going from the one to the other, batched; None without.
     """
-    log.draw("learning curve", draw_curve, log.folder, evaluation.SCORES)
+    log.draw("learning curve", draw_curve, log.folder, log.scores)
     log.progress.show("playing eight episodes")
     key = run.evaluation_key(jax.random.key(log.config.seed))
     states, sampled = eight_episodes(env, far_env, policy, episode_length, key)
@@ -109,13 +110,13 @@ def value_map(env: GoalEnv, value: Callable, goals: Float[jax.Array, "goals 2"],
     points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
 
     def values(goal):
-        placed = jax.vmap(env.place, (0, None))(jnp.asarray(points * maze.cell_size, jnp.float32), goal)
+        placed = jax.vmap(env.place, (0, None))(jnp.asarray(maze.at(points)), goal)
         return value(placed.observation, placed.goal)
 
     walls = maze.is_wall[tuple(np.round(points).astype(int).T)]
     maps = jax.jit(lambda goals: jax.lax.map(values, goals))(goals)
     maps = np.where(walls, np.nan, maps).reshape(-1, len(y), len(x))
-    return x * maze.cell_size, y * maze.cell_size, maps
+    return maze.at(x[:, None])[:, 0], maze.at(y[:, None])[:, 1], maps
 
 
 def draw_value_map(env: GoalEnv, goals, x, y, maps, path) -> Path:

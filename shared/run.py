@@ -14,7 +14,8 @@ This is the only file that knows about disks and terminals. A script calls it, a
 
 The state is a NamedTuple whose leaves have a leading axis of seeds. A run looks at these of its fields: `agent`, the
 first one, holds the networks, which stay finite; those named `..._steps` count the steps of one seed so far, first
-`env_steps`, then gradient steps.
+`env_steps`, then gradient steps. The first is the run's clock: its budget is `total_env_steps`, or of a script that has
+no environment steps `total_gradient_steps`.
 """
 
 import ast
@@ -77,7 +78,7 @@ PACKAGES = (
     ),
 )
 CHECKPOINTS_KEPT = 2
-TIMING_COLUMNS = ("seconds", "compile_seconds", "env_steps_per_second")
+TIMING_COLUMNS = ("seconds", "compile_seconds", "env_steps_per_second", "gradient_steps_per_second")
 """The columns of metrics.csv that differ between two runs of one command on one machine."""
 UNTOLD = ("seed", "run_dir", "tensorboard", "wandb")
 """Settings that do not tell what a run is."""
@@ -138,7 +139,7 @@ Fraction = Annotated[float, Interval(gt=0, lt=1)]
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """The settings that concern no algorithm. A script's Config inherits them and adds its own, among them `env`,
-    `total_env_steps`, `eval_every` and `checkpoint_every`."""
+    `total_env_steps` (or `total_gradient_steps`), `eval_every` and `checkpoint_every`."""
 
     seed: Annotated[int, Interval(ge=0, le=2_000_000_000)] = 0
     """First seed."""
@@ -152,7 +153,7 @@ class RunConfig:
     run_dir: str = ""
     """Run folder; by default runs/ALGORITHM/ENV/NAME, with the settings that differ from the defaults in its name."""
     resume: str = ""
-    """Run folder to go on with; its settings are in force. A larger total_env_steps goes on with a finished run."""
+    """Run folder to go on with; its settings are in force. A larger budget of steps goes on with a finished run."""
     tensorboard: bool = False
     """Also write TensorBoard events to the run folder (pip install -e '.[tensorboard]')."""
     wandb: bool = False
@@ -175,7 +176,8 @@ def configure(config_class, recipes: dict[str, str], description: str | None, ar
     """Builds a Config from the command line.
 
     Defaults are the dataclass's; on them come the recipes whose pattern matches `--env`, then the flags given. With
-    `--resume`, everything comes from that run's config.json; a flag may only repeat it, or raise total_env_steps.
+    `--resume`, everything comes from that run's config.json; a flag may only repeat it, or raise the budget of
+    steps.
     `--help` prints and exits.
 
     Args:
@@ -256,6 +258,11 @@ def settle_tasks(config, family: envs.TaskFamily):
     return dataclasses.replace(config, num_train_tasks=train, num_test_tasks=test)
 
 
+def clock(config) -> str:
+    """What a run's budget counts, evaluations and checkpoints are due by, and its metrics are plotted against."""
+    return "env_steps" if hasattr(config, "total_env_steps") else "gradient_steps"
+
+
 def load_config(config_class, folder):
     """The settings of the run in a folder; UserError if there is none, or another version of the script made it."""
     try:
@@ -311,7 +318,7 @@ def _annotations(config_class) -> dict[str, typing.Any]:
 
 def _resumed(config_class, given: dict) -> dict:
     """The settings of the run to resume; a flag may repeat them, or ask for more steps."""
-    folder, name = given["resume"], "total_env_steps"
+    folder, name = given["resume"], f"total_{clock(config_class)}"
     saved = dataclasses.asdict(load_config(config_class, folder)) | {"resume": folder}
     more = given.get(name, 0) > saved[name]
     if more and saved.get("final_lr_fraction", 1) != 1:
@@ -467,7 +474,7 @@ class Run:
     Attributes:
       folder: `config.json`, `metrics.csv`, `checkpoints/` and figures lie here.
       seeds: a random key for each seed, shape (num_seeds,).
-      steps: step counts of the state that `going` or `end_chunk` saw last, first `env_steps`.
+      steps: step counts of the state that `going` or `end_chunk` saw last, first the clock's.
       stopping: the signal by which Ctrl-C, SIGTERM or SIGHUP asked the loop to end after its chunk; else None.
       compile_seconds: spent compiling so far, over all sessions of the run.
       columns: metrics that have a column in metrics.csv.
@@ -487,6 +494,8 @@ class Run:
 
     def __init__(self, config, algorithm: str, recipes: dict[str, str], scores: Scores, unsaved=(), worlds=()):
         use_precision(config)
+        self._clock = clock(config)
+        self._step, self._total = self._clock.replace("_steps", " step"), getattr(config, f"total_{self._clock}")
         self.config, self.recipes, self.scores, self._worlds = config, recipes, scores, worlds
         self.stopping, self.compile_seconds, self.steps, self.seeds = None, 0.0, {}, _seed_keys(config)
         self._unsaved, self.columns, self._score, self._sinks = dict.fromkeys(unsaved), [], "", []
@@ -656,7 +665,7 @@ class Run:
                 damaged.replace(damaged.with_suffix(".damaged"))
             self._earlier_seconds = header["seconds"]
             self.compile_seconds += header["compile_seconds"]
-            self.steps, self._saved_at = header["steps"], header["steps"]["env_steps"]
+            self.steps, self._saved_at = header["steps"], header["steps"][self._clock]
             self._cut_metrics(self._saved_at)
             self.print(f"resumed from {path}")
             return state
@@ -680,13 +689,13 @@ class Run:
         """Whether there is another chunk to do. After Ctrl-C, SIGTERM or SIGHUP: saves, says how to go on, exits."""
         self._latest, self.steps = state, _count(state)
         if self._first_step is None:  # after all compilation: speed is counted from here
-            self._first_step = self._last_step = (self.steps["env_steps"], self.seconds)
+            self._first_step = self._last_step = (self.steps[self._clock], self.seconds)
             if self._saved_at is None:
                 self.save(state)
         if self.stopping:
             self.save(state)
             self.exit_if_stopping()
-        return self.steps["env_steps"] < self.config.total_env_steps
+        return self.steps[self._clock] < self._total
 
     def exit_if_stopping(self) -> None:
         """After Ctrl-C, SIGTERM or SIGHUP: says how to go on, and exits. What was not saved before is lost."""
@@ -694,7 +703,7 @@ class Run:
             number = self.stopping
             if _checkpoints(self.folder):
                 command = _typed(self.config, "--resume", str(self.folder))
-                self.print(f"{number.name}: stopped at env step {self.steps['env_steps']:,}. To go on: {command}")
+                self.print(f"{number.name}: stopped at {self._step} {self.steps[self._clock]:,}. To go on: {command}")
                 self.print(str(self.folder))
             else:
                 self.print(f"{number.name}: stopped before the first gradient step; nothing was kept")
@@ -731,26 +740,26 @@ class Run:
         metrics = {name: x.mean(axis=1) if x.ndim > 1 else x for name, x in metrics.items()}
         broken = metrics.get("train/broken_steps", np.zeros(1)).sum()
         if broken > self._broken:
-            where = f"{broken:.0f} steps until env step {self.steps['env_steps']:,} (not finite)"
+            where = f"{broken:.0f} steps until env step {self.steps[self._clock]:,} (not finite)"
             self.print(f"the simulator of {self.config.env} failed in {where}; nothing is learned from them")
             self._broken = broken
         self._write_row(metrics)
         shown = [f"{label} {metrics[name].mean():.4g}" for name, label in self.scores.curves.items() if name in metrics]
         if any(name.startswith("eval/") for name in metrics):
             self._score = shown[0]
-            self.print(f"env steps {self.steps['env_steps']:>11,}  {self.scores.what}: {'; '.join(shown)}")
+            self.print(f"{self._step}s {self.steps[self._clock]:>11,}  {self.scores.what}: {'; '.join(shown)}")
         self._show_progress()
         if self._due(self.config.checkpoint_every, before, self.steps):
             try:
                 self.save(state)
             except UserError as error:
-                need(self.steps["env_steps"] < self.config.total_env_steps, str(error))
+                need(self.steps[self._clock] < self._total, str(error))
                 self.print(f"warning: {error}")
 
     def _due(self, every, before, after):
         """Whether a chunk reached or crossed a multiple of `every` environment steps, or ended the run."""
-        before, after = before["env_steps"], after["env_steps"]
-        return after >= self.config.total_env_steps or after // every > before // every
+        before, after = before[self._clock], after[self._clock]
+        return after >= self._total or after // every > before // every
 
     def _check_finite(self, before, state, metrics):
         losses = {name: x.reshape(len(x), -1) for name, x in metrics.items() if re.fullmatch("train/.*loss", name)}
@@ -760,7 +769,7 @@ class Run:
             step, seed, name = min(bad)
             many = losses[name].shape[1]
             last = gradient_step + (step + 1) * (list(self.steps.values())[-1] - gradient_step) // many
-            where = f"gradient step {last}" if many > 1 else f"env step {self.steps['env_steps']}"
+            where = f"gradient step {last}" if many > 1 else f"env step {self.steps[self._clock]}"
             what = f"{name} is {losses[name][seed, step]} at {where} of seed {self.config.seed + seed}"
         elif not all_finite(state.agent):
             what = f"a parameter is not finite after gradient step {list(self.steps.values())[-1]}"
@@ -769,10 +778,11 @@ class Run:
         raise UserError(f"{what}; training stopped, the last good checkpoint is kept. Try lower learning rates anew")
 
     def _write_row(self, metrics):
-        now, last = (self.steps["env_steps"], self.seconds), self._last_step
+        now, last = (self.steps[self._clock], self.seconds), self._last_step
         self._last_step = now
         times = (self.seconds, self.compile_seconds, (now[0] - last[0]) / (now[1] - last[1]))
-        head = self.steps | {name: f"{time:.3f}" for name, time in zip(TIMING_COLUMNS, times)}
+        names = "seconds", "compile_seconds", f"{self._clock}_per_second"
+        head = self.steps | {name: f"{time:.3f}" for name, time in zip(names, times)}
         path, text = self.folder / "metrics.csv", io.StringIO()
         size = path.stat().st_size if path.exists() else 0
         writer = csv.DictWriter(text, ["seed", *head, *self.columns], lineterminator="\n")
@@ -793,20 +803,20 @@ class Run:
         means = {name: float(np.mean(x)) for name, x in metrics.items() if np.isfinite(x).all()}
         for sink in list(self._sinks):
             try:
-                sink.write(self.steps["env_steps"], means)
+                sink.write(self.steps[self._clock], means)
             except Exception as error:  # of any kind that these packages have
                 self._sinks.remove(sink)
                 self.print(f"warning: {sink.name} failed, and the run goes on without it: {error!r}")
 
     def _show_progress(self):
         """How far, how fast, how long to go, how well."""
-        total, done = self.config.total_env_steps, self.steps["env_steps"]
+        total, done = self._total, self.steps[self._clock]
         rate = (self._last_step[0] - self._first_step[0]) / (self._last_step[1] - self._first_step[1])
         left, whole = (datetime.timedelta(seconds=int(max(total - x, 0) / rate)) for x in (done, self._first_step[0]))
         if left.total_seconds() > 10 and not self._told / 1.5 <= whole <= self._told * 1.5:
             self.print(f"about {left} to go")
             self._told = whole
-        text = f"{done:,} of {total:,} env steps  {rate:,.0f} steps/s  {left} left  {self._score}"
+        text = f"{done:,} of {total:,} {self._step}s  {rate:,.0f} steps/s  {left} left  {self._score}"
         self.progress.show(text.rstrip())
 
     def save(self, state) -> None:
@@ -815,10 +825,10 @@ class Run:
         It is complete or absent: written under another name, flushed to the disk and renamed. The last two are kept.
         """
         steps = _count(state)
-        if self._saved_at == steps["env_steps"]:
+        if self._saved_at == steps[self._clock]:
             return
         header = {"steps": steps, "seconds": self.seconds, "compile_seconds": self.compile_seconds, "sha256": "0" * 64}
-        path = self.folder / "checkpoints" / f"{steps['env_steps']:012d}.eqx"
+        path = self.folder / "checkpoints" / f"{steps[self._clock]:012d}.eqx"
         partial = path.with_suffix(".partial")
         try:
             with partial.open("wb") as file:
@@ -833,20 +843,20 @@ class Run:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise UserError(f"cannot write checkpoint {path}: {error}; make room and go on with --resume") from None
-        self._saved_at = steps["env_steps"]
+        self._saved_at = steps[self._clock]
         for old in _checkpoints(self.folder)[CHECKPOINTS_KEPT:]:
             old.unlink()
 
-    def _cut_metrics(self, env_steps):
+    def _cut_metrics(self, steps):
         path = self.folder / "metrics.csv"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         if not lines or not lines[0].endswith("\n"):  # killed while the header was written
             path.unlink(missing_ok=True)
             return
         header, *rows = lines
-        column = header.rstrip().split(",").index("env_steps")
+        column = header.rstrip().split(",").index(self._clock)
         whole = [row for row in rows if row.count(",") == header.count(",") and row.endswith("\n")]
-        kept = [row for row in whole if int(row.split(",")[column]) <= env_steps]
+        kept = [row for row in whole if int(row.split(",")[column]) <= steps]
         _write_atomically(path, "".join([header, *kept]).encode())
 
 

@@ -80,6 +80,24 @@ def test_advantages_are_those_of_the_sheet_normalised(episodes, gae_lambda, firs
     np.testing.assert_allclose([found[:5].mean(), found[:5].std()], [0, 1], atol=1e-5)
 
 
+@pytest.mark.parametrize(("time", "number", "tolerance"), [(100, 10, 0.02), (20, 2, 0.2)])
+def test_the_baseline_of_a_robot_with_idle_and_equal_joints_is_finite_and_right(time, number, tolerance):
+    """Columns of zeros, ones and copies, and more columns than rows: a single ridge of 1e-5 gives NaN in float32."""
+    random = np.random.default_rng(0)
+    observation = 3 * random.normal(size=(time, number, 20)).astype(np.float32)
+    observation[..., 5], observation[..., 6], observation[..., 8] = 0, observation[..., 7], 1
+    reward = random.normal(size=(time, number)).astype(np.float32)
+    zeros = jnp.zeros((time, number, 2))
+    rows = maml.Rows(jnp.array(observation), zeros, zeros, jnp.zeros(2), jnp.array(reward), zeros[..., 0] == 0)
+    seen, t = np.clip(observation, -10, 10).astype(np.float64), np.arange(time)[:, None, None] / 100
+    powers = np.broadcast_to(np.concatenate([t, t**2, t**3, t**0], axis=2), (time, number, 4))
+    x = np.concatenate([seen, seen**2, powers], axis=2).reshape(time * number, -1)
+    returns = np.asarray(maml.discounted(0.99, jnp.array(reward)), np.float64).ravel()
+    exact = x @ np.linalg.solve(x.T @ x + 1e-5 * np.eye(x.shape[1]), x.T @ returns)
+    error = np.asarray(maml.fitted(maml.Config(), rows)).ravel() - exact
+    assert np.sqrt(np.mean(error**2)) < tolerance * returns.std()
+
+
 def test_without_a_baseline_returns_are_normalised(episodes):
     found = maml.advantages(maml.Config(discount=0.9, baseline=False), episodes)
     returns = np.transpose(RETURNS)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from algorithms import c_learning, cocoa, crl, gcsl, maml, ppo_ad, rl2, sac, td3
-from shared import evaluation, replay, run
+from algorithms import c_learning, cocoa, crl, crl_offline, gcsl, maml, ppo_ad, rl2, sac, td3
+from envs.ogbench_point import PointMaze
+from shared import evaluation, offline, replay, run
 from shared.networks import NetworkOptions
 
 BAD_INPUT = {
@@ -131,6 +132,16 @@ BAD_INPUT = {
         (["--env=half_cheetah_dir", "--num_train_tasks=3"], r"3 train and 2 test tasks; there are 2 tasks"),
         (["--resume=/tmp"], r"/tmp is not a run folder"),
     ],
+    crl_offline: [
+        (["--env=point_u_maze"], r"env is point_u_maze; data are there for pointmaze_medium, .* or pointmaze_teleport"),
+        (["--env=pointmaze_mediun"], r"unknown environment 'pointmaze_mediun'; did you mean pointmaze_medium"),
+        (["--data=antmaze.npz"], r"data is 'antmaze.npz', which is neither navigate, stitch nor a file"),
+        (["--agent=hiql"], r"crl\|gcbc\|qrl"),
+        (["--depth=6"], r"depth is 6; it is a positive multiple of 4"),
+        (["--latent_size=12"], r"latent_size is 12; it is a positive multiple of 8"),
+        (["--total_gradient_steps=0"], r"total_gradient_steps is 0; it is at least 1"),
+        (["--resume=/tmp"], r"/tmp is not a run folder"),
+    ],
     cocoa: [
         (["--env=half_cheeta_vel"], r"unknown environment 'half_cheeta_vel'; did you mean .*half_cheetah_vel"),
         (["--env=half_cheetah"], r"half_cheetah is not a task family; take one of .*half_cheetah_vel"),
@@ -243,11 +254,26 @@ def meta_metrics(script) -> list[str]:
     return [*train, *scores, *step_counts(state)]
 
 
+def offline_metrics() -> list[str]:
+    def shapes(*flags):
+        config, env = configured(crl_offline, *flags), PointMaze("medium")
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        data = jax.eval_shape(lambda key: offline.demonstrate(env, "stitch", 200, key), key)
+        state = jax.eval_shape(partial(crl_offline.init, config, env), data, key)
+        train = jax.eval_shape(partial(crl_offline.learn, config), state)[1]
+        scores = jax.eval_shape(partial(crl_offline.evaluate, config, env), state, key)[1]
+        names = [*train, *scores, *step_counts(state)]
+        return [re.sub("task[1-5]", "task<i>", name) for name in names]
+
+    return [*shapes(), *shapes("--agent=qrl"), *shapes("--agent=gcbc")]
+
+
 METRICS = {
     **{script: partial(goal_metrics, script) for script in (crl, sac, td3, gcsl, c_learning)},
     ppo_ad: ppo_ad_metrics,
     **{script: partial(meta_metrics, script) for script in (rl2, maml)},
     cocoa: cocoa_metrics,
+    crl_offline: offline_metrics,
 }
 SCRIPTS = list(METRICS)
 FIELDS = [(script, field.name) for script in SCRIPTS for field in dataclasses.fields(script.Config)]
@@ -270,8 +296,9 @@ BY_NAME = (
     *NetworkOptions._fields,
     *(f"{phase}_steps" for phase in ("initial", "prior", "posterior", "extra")),
     "published",
+    *("total_env_steps", "total_gradient_steps"),
 )
-"""Fields that NetworkOptions.of, cocoa.py and the recipes read by their names."""
+"""Fields that NetworkOptions.of, cocoa.py, the recipes and the run's clock read by their names."""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -285,7 +312,8 @@ def test_every_recipe_is_flags_and_its_values_lie_in_their_ranges(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_metric_and_flag_is_explained_on_the_page(script):
     page = Path(script.__file__).with_suffix(".md").read_text()
-    for name in [*METRICS[script](), "seed", *run.TIMING_COLUMNS]:
+    times = {*run.TIMING_COLUMNS} - {"env_steps_per_second", "gradient_steps_per_second"}
+    for name in [*METRICS[script](), "seed", *times, f"{run.clock(script.Config)}_per_second"]:
         assert f"`{name}`" in page, f"{name} is not on the page"
     for field in dataclasses.fields(script.Config):
         assert f"`--{field.name}`" in page, f"--{field.name} is not on the page"
