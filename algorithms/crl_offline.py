@@ -118,12 +118,9 @@ class Tower(eqx.Module):
 class Agent(NamedTuple):
     """All that learns; None where the agent has no such network."""
 
-    actor: Tower | ResidualMLP
-    """(s, g) -> mean of the action."""
-    phi: Tower | ResidualMLP | None
-    """CRL: (s, a) -> embedding, two of them. QRL: (z, a) -> the change of z."""
-    psi: Tower | ResidualMLP | None
-    """CRL: g -> embedding, two of them. QRL: s -> z."""
+    actor: Tower | ResidualMLP  # (s, g) -> mean of the action
+    phi: Tower | ResidualMLP | None  # CRL: (s, a) -> embedding, two of them. QRL: (z, a) -> the change of z
+    psi: Tower | ResidualMLP | None  # CRL: g -> embedding, two of them. QRL: s -> z
     scalars: Float[Array, "2"] | None
     """QRL: before the sigmoid, the share of the mean in the distance; the logarithm of the multiplier lambda."""
 
@@ -166,15 +163,15 @@ def policy(agent: Agent, observation: Float[Array, "*batch state"], goal: Float[
     return UnitGaussian(over_batch(agent.actor, jnp.concatenate([observation, goal], axis=-1)))
 
 
+States = Float[Array, "batch state"]
+
+
 def both(networks, x: Float[Array, "batch in"]) -> Float[Array, "2 batch out"]:
     return jax.vmap(lambda network: over_batch(network, x))(networks)
 
 
 def logits(
-    agent: Agent,
-    observation: Float[Array, "batch state"],
-    action: Float[Array, "batch action"],
-    goal: Float[Array, "goals state"],
+    agent: Agent, observation: States, action: Float[Array, "batch action"], goal: Float[Array, "goals state"]
 ) -> Float[Array, "2 batch goals"]:
     """CRL: phi(s_i, a_i) . psi(g_j) / sqrt(latent) of both critics."""
     phi = both(agent.phi, jnp.concatenate([observation, action], axis=-1))
@@ -198,11 +195,7 @@ def distance(
 
 
 def q_value(
-    config: Config,
-    agent: Agent,
-    observation: Float[Array, "batch state"],
-    action: Float[Array, "batch action"],
-    goal: Float[Array, "batch state"],
+    config: Config, agent: Agent, observation: States, action: Float[Array, "batch action"], goal: States
 ) -> Float[Array, " batch"]:
     """What the actor maximises: the smaller of CRL's two logits; minus QRL's distance from the predicted next state."""
     if config.agent == "crl":
@@ -213,11 +206,8 @@ def q_value(
     return -distance(agent, following, over_batch(agent.psi, goal))
 
 
-def value(
-    config: Config, agent: Agent, observation: Float[Array, "batch state"], goal: Float[Array, "batch state"]
-) -> Float[Array, " batch"]:
+def value(config: Config, agent: Agent, observation: States, goal: States) -> Float[Array, " batch"]:
     """Of the mean action, for pictures."""
-    goal = jnp.broadcast_to(goal, observation.shape)
     return q_value(config, agent, observation, policy(agent, observation, goal).mode(), goal)
 
 
@@ -227,12 +217,12 @@ def value(
 class Batch(NamedTuple):
     """Rows of the data, and goals for them."""
 
-    observation: Float[Array, "batch state"]
+    observation: States
     action: Float[Array, "batch action"]
-    next_observation: Float[Array, "batch state"]
-    future: Float[Array, "batch state"]  # later in the episode, at a geometric distance
-    anywhere: Float[Array, "batch state"]  # any state of the data
-    actor_goal: Float[Array, "batch state"]
+    next_observation: States
+    future: States  # later in the episode, at a geometric distance
+    anywhere: States  # any state of the data
+    actor_goal: States
 
 
 def contrastive_loss(agent: Agent, batch: Batch) -> tuple[Float[Array, ""], dict]:
@@ -324,9 +314,8 @@ def sample(config: Config, data: offline.Data, key: Key[Array, ""]) -> Batch:
     later = offline.uniform_future(data, row, uniform_key)
     anywhere, random = (offline.rows(data, key, config.batch_size) for key in (anywhere_key, random_key))
     actor_goal = jnp.where(jax.random.bernoulli(mix_key, config.random_goals, row.shape), random, later)
-    return Batch(
-        data.observation[row], data.action[row], *(data.observation[i] for i in (row + 1, future, anywhere, actor_goal))
-    )
+    states = (data.observation[i] for i in (row + 1, future, anywhere, actor_goal))
+    return Batch(data.observation[row], data.action[row], *states)
 
 
 def update(config: Config, state: TrainState, key: Key[Array, ""]) -> tuple[TrainState, dict]:
@@ -338,9 +327,8 @@ def update(config: Config, state: TrainState, key: Key[Array, ""]) -> tuple[Trai
         critic_loss = contrastive_loss if config.agent == "crl" else quasimetric_loss
         gradient, critic_info = jax.grad(critic_loss, has_aux=True)(agent, batch)
         info |= critic_info
-    updates, optimizer = optax.adam(config.learning_rate).update(
-        gradient._replace(actor=actor_gradient), state.optimizer
-    )
+    gradient = gradient._replace(actor=actor_gradient)
+    updates, optimizer = optax.adam(config.learning_rate).update(gradient, state.optimizer)
     agent = optax.apply_updates(agent, updates)
     return state._replace(agent=agent, optimizer=optimizer, gradient_steps=state.gradient_steps + 1), info
 
@@ -359,18 +347,20 @@ SCORES = run.Scores(
 )
 
 
-def evaluate(config: Config, env: PointMaze, state: TrainState, key: Key[Array, ""]) -> tuple[TrainState, dict]:
-    """Success in the five tasks with mean actions, at any step; and the mean over the last three evaluations."""
+def evaluate(
+    config: Config, env: PointMaze, agent: Agent, recent: Float[Array, "3"], key: Key[Array, ""]
+) -> tuple[Float[Array, "3"], dict]:
+    """Success in the five tasks with mean actions, at any step; `recent` is that of the last three evaluations."""
     reset_key, play_key = jax.random.split(key)
     tasks = jnp.repeat(jnp.arange(len(env.tasks)), config.num_eval_episodes)
     start = jax.vmap(env.begin)(tasks, jax.random.split(reset_key, len(tasks)))
-    mean_action, act = jnp.zeros(len(tasks), bool), partial(policy, state.agent)
+    mean_action, act = jnp.zeros(len(tasks), bool), partial(policy, agent)
     reached = lambda state: state.reward > 0
     solved = evaluation.play(env, act, start, mean_action, config.episode_length, play_key, reached).any(axis=0)
     rates = solved.reshape(len(env.tasks), -1).mean(axis=1)
-    recent = jnp.append(state.recent[1:], rates.mean())
+    recent = jnp.append(recent[1:], rates.mean())
     metrics = {f"eval/success_task{i + 1}": rate for i, rate in enumerate(rates)}
-    return state._replace(recent=recent), metrics | {"eval/success": rates.mean(), "eval/score": jnp.nanmean(recent)}
+    return recent, metrics | {"eval/success": rates.mean(), "eval/score": jnp.nanmean(recent)}
 
 
 # ---- main ---------------------------------------------------------------------------------------------------------
@@ -380,7 +370,7 @@ def evaluate(config: Config, env: PointMaze, state: TrainState, key: Key[Array, 
 def main(argv: list[str] | None = None) -> None:
     config = run.configure(Config, RECIPES, __doc__, argv)
     env = make_env(config)
-    data = offline.load(config.data, env) if config.data not in offline.SCRIPTED else None
+    data = None if config.data in offline.SCRIPTED else offline.load(config.data, env)
     with run.Run(config, "crl_offline", RECIPES, SCORES, unsaved=("data",)) as log:
         agent = train(config, env, data, log)
         value_of = partial(value, config, agent) if config.agent != "gcbc" else None
@@ -408,13 +398,13 @@ def train(config: Config, env: PointMaze, data: offline.Data | None, log: run.Ru
     log.describe(f"{config.agent} on {steps}", actor=shapes.agent.actor, agent=shapes.agent)
     state = log.restore(shapes)
     learn_chunk = log.compile("learn", partial(learn, config), shapes, donate=True)
-    score = log.compile("evaluate", partial(evaluate, config, env), shapes, log.seeds)
+    score = log.compile("evaluate", partial(evaluate, config, env), shapes.agent, shapes.recent, log.seeds)
     state = begin(data, log.seeds) if state is None else state._replace(data=data)
     while log.going(state):
         state, metrics = learn_chunk(state)
         if log.evaluates(state):
-            state, scores = score(state, log.evaluation_keys(state))
-            metrics |= scores
+            recent, scores = score(state.agent, state.recent, log.evaluation_keys(state))
+            state, metrics = state._replace(recent=recent), metrics | scores
         log.end_chunk(state, metrics)
     return run.one_seed(state.agent)
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import Script, metrics
-from stubs import Sizes
 
 from algorithms import crl_offline
 from envs.ogbench_point import PointMaze
@@ -261,14 +260,14 @@ def test_one_update_moves_each_network_by_its_own_loss_at_old_parameters(name, d
 
 
 def test_the_score_is_the_mean_of_the_last_three_evaluations(data, monkeypatch):
-    config, _ = agent_of("gcbc")
-    state = crl_offline.init(config, ENV, data, jax.random.key(0))
+    config, agent = agent_of("gcbc")
+    recent = crl_offline.init(config, ENV, data, jax.random.key(0)).recent
     solved = iter([0.2, 0.4, 0.6, 1.0])
     play = lambda *_: jnp.arange(5 * 50)[None] % 50 < 50 * next(solved) - 0.5
     monkeypatch.setattr(crl_offline.evaluation, "play", play)
     scores = []
     for _ in range(4):
-        state, metrics = crl_offline.evaluate(config, ENV, state, jax.random.key(0))
+        recent, metrics = crl_offline.evaluate(config, ENV, agent, recent, jax.random.key(0))
         scores.append(float(metrics["eval/score"]))
     np.testing.assert_allclose(scores, [0.2, 0.3, 0.4, 2 / 3], atol=1e-5)
 
@@ -287,11 +286,10 @@ def test_networks_are_ogbenchs_or_those_of_crl():
 def test_who_goes_straight_to_the_goal_is_stopped_by_walls():
     config = dataclasses.replace(SMALL, num_eval_episodes=4, episode_length=400)
     straight = lambda agent, observation, goal: crl_offline.UnitGaussian(100 * (goal - observation))
-    data = offline.demonstrate(ENV, "stitch", 200, jax.random.key(0))
-    state = crl_offline.init(config, ENV, data, jax.random.key(0))
+    _, agent = agent_of("gcbc")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crl_offline, "policy", straight)
-        scores = jax.jit(partial(crl_offline.evaluate, config, ENV))(state, jax.random.key(0))[1]
+        scores = jax.jit(partial(crl_offline.evaluate, config, ENV))(agent, jnp.full(3, jnp.nan), jax.random.key(0))[1]
     tasks = [float(scores[f"eval/success_task{i}"]) for i in range(1, 6)]
     assert float(scores["eval/success"]) == pytest.approx(np.mean(tasks)) and min(tasks) == 0
 
@@ -319,61 +317,3 @@ def test_killed_and_resumed_it_ends_with_the_same_metrics(tmp_path, cache):
     config, env, agent = crl_offline.load(folder, 1)
     assert config.num_seeds == 2 and crl_offline.policy(agent, jnp.zeros(2), jnp.zeros(2)).mode().shape == (2,)
     assert env.name == "pointmaze_medium"
-
-
-# ---- what critics come to know ------------------------------------------------------------------------------------
-
-RING = 6
-"""States on a circle; an action goes one on, or stays. So the way back is the long one."""
-PLACES = np.stack([f(2 * np.pi * np.arange(RING) / RING) for f in (np.cos, np.sin)], axis=1).astype(np.float32)
-
-
-def walks(number=200, steps=30):
-    """States and actions of random walks, (walks, steps + 1), and the same as data."""
-    random = np.random.default_rng(0)
-    ahead = random.integers(0, 2, (number, steps + 1))
-    state = random.integers(0, RING, (number, 1)) + np.cumsum(ahead, axis=1) - ahead
-    data = episodes([steps] * number)
-    data = data._replace(observation=jnp.array(PLACES[state % RING].reshape(-1, 2)))
-    return state % RING, ahead, data._replace(action=jnp.float32(2 * ahead.reshape(-1, 1) - 1))
-
-
-def trained(name, data, chunks):
-    config = crl_offline.Config(
-        agent=name, width=32, latent_size=16, batch_size=128, learning_rate=1e-3, discount=0.7, chunk=1000
-    )
-    state = crl_offline.init(config, Sizes(2, 1, 2), data, jax.random.key(0))
-    learn = jax.jit(partial(crl_offline.learn, config))
-    for _ in range(chunks):
-        state, _ = learn(state)
-    return state.agent
-
-
-def test_the_contrastive_critic_is_the_logarithm_of_how_much_likelier_a_goal_becomes():
-    """With B rows, log p(g | s, a) / p(g) - log(B - 1): here by adding up every goal of every row of the data."""
-    state, ahead, data = walks()
-    agent = trained("crl", data, chunks=2)
-    joint, final = np.zeros((RING, 2, RING)), state.shape[1] - 2
-    for i in range(final + 1):
-        for j in range(i, final + 1):
-            further = 0.3 * 0.7 ** (j - i - 1) if j > i else 0.0
-            weight = (0.7 ** (j - i - 1) if j > i else 1.0) if j == final else further
-            np.add.at(joint, (state[:, i], ahead[:, i], state[:, j]), weight)
-    joint /= joint.sum()
-    wanted = np.log(joint / joint.sum(axis=2, keepdims=True) / joint.sum(axis=(0, 1))) - np.log(127)
-    observation, action = jnp.array(np.repeat(PLACES, 2, axis=0)), jnp.tile(jnp.array([[-1.0], [1.0]]), (RING, 1))
-    found = crl_offline.logits(agent, observation, action, jnp.array(PLACES)).mean(axis=0).reshape(RING, 2, RING)
-    assert np.abs(found - wanted).mean() < 0.35
-    assert np.corrcoef(np.ravel(found), np.ravel(wanted))[0, 1] > 0.93
-
-
-def test_the_quasimetric_is_the_number_of_steps_there_and_not_the_number_back():
-    """Steps may be up to 1 + sqrt(0.05) long, and the multiplier is still on its way: the unit is more than 1."""
-    agent = trained("qrl", walks()[2], chunks=3)
-    z = jax.vmap(agent.psi)(jnp.array(PLACES))
-    found = np.asarray(crl_offline.distance(agent, z[:, None].repeat(RING, 1), z[None].repeat(RING, 0)))
-    steps = (np.arange(RING) - np.arange(RING)[:, None]) % RING
-    unit = found[steps == 1].mean()
-    assert 1 < unit < 1.6
-    assert np.corrcoef(found.ravel(), steps.ravel())[0, 1] > 0.95
-    assert found[steps == 5].mean() > 3.5 * unit

@@ -261,7 +261,7 @@ def offline_metrics() -> list[str]:
         data = jax.eval_shape(lambda key: offline.demonstrate(env, "stitch", 200, key), key)
         state = jax.eval_shape(partial(crl_offline.init, config, env), data, key)
         train = jax.eval_shape(partial(crl_offline.learn, config), state)[1]
-        scores = jax.eval_shape(partial(crl_offline.evaluate, config, env), state, key)[1]
+        scores = jax.eval_shape(partial(crl_offline.evaluate, config, env), state.agent, state.recent, key)[1]
         names = [*train, *scores, *step_counts(state)]
         return [re.sub("task[1-5]", "task<i>", name) for name in names]
 
