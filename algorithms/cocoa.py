@@ -831,7 +831,7 @@ def draw(config: Config, family: TaskFamily, agent: Agent, tasks: Float[Array, "
     adapt_key, z_key, start_key = jax.random.split(run.evaluation_key(jax.random.key(config.seed)), 3)
     z = oracle = jax.vmap(family.oracle)(tasks)
     if config.context == "encoder":
-        repeats = max(1, EMBEDDINGS // len(tasks))
+        repeats = max(1, EMBEDDINGS // len(tasks)) if family.in_jax else 1  # each world holds some 30 MB
         _, posterior, _ = jax.jit(partial(adapt, config, family))(agent, jnp.tile(tasks, (repeats, 1)), adapt_key)
         shown = posterior.mean, np.tile(oracle, (repeats, 1)), config.env, log.folder / "embedding.png"
         log.draw("embedding", pictures.draw_embedding, *shown)

@@ -13,8 +13,7 @@ that a leads from s to g. The actor maximises it, and stays near the actions of 
     python algorithms/crl_offline.py --env pointmaze_large --depth 16   the residual networks of crl.py
     python algorithms/crl_offline.py --data pointmaze-medium-navigate-v0.npz      a file of OGBench
 
-The settings are OGBench's; a laptop has enough of it with --width 128 --latent_size 64 and fewer steps. Results,
-metrics and details: algorithms/crl_offline.md.
+The settings are OGBench's. Results, metrics and details: algorithms/crl_offline.md.
 """
 
 import dataclasses
@@ -30,16 +29,16 @@ import optax
 from annotated_types import Ge, MultipleOf
 from jaxtyping import Array, Float, Int, Key
 
-from envs import GoalEnv
+from envs import OGBENCH, GoalEnv
 from envs.ogbench_point import PointMaze
 from shared import evaluation, offline, pictures, run
 from shared.networks import Dense, ResidualMLP, over_batch
-from shared.run import Count, Fraction, Positive, Share, Weight
+from shared.run import Count, Fraction, Positive, Share, Steps, Weight
 
 # ---- config -------------------------------------------------------------------------------------------------------
 
 RECIPES = {
-    "--mixed_loss": "--agent crl --bc_weight 0.05 --width 1024 --latent_size 16",
+    "--mixed_loss": "--bc_weight 0.05 --width 1024 --latent_size 16",
     "pointmaze_giant": "--discount 0.995",
 }
 """Flags for environments whose name matches a pattern, or for a flag that is on; one that is given overrides them."""
@@ -52,28 +51,27 @@ class Config(run.RunConfig):
     env: str = "pointmaze_medium"
     """Environment that the data are of and the agent is scored in: pointmaze_medium, _large, _giant or _teleport."""
     data: str = "navigate"
-    """What to learn from: 'navigate' or 'stitch', made by the scripted expert, for each seed anew; or an OGBench file
-    (.npz)."""
+    """'navigate' or 'stitch', which the scripted expert makes for each seed anew, or an OGBench file (.npz)."""
     data_rows: Count = 1_000_000
-    """Steps that the expert makes, rounded up to whole episodes."""
+    """Steps that the expert makes, rounded up to whole episodes; without effect on a file."""
     agent: Literal["crl", "gcbc", "qrl"] = "crl"
     """Contrastive RL, goal-conditioned behaviour cloning, or quasimetric RL."""
-    total_gradient_steps: Count = 1_000_000
+    total_gradient_steps: Steps = 1_000_000
     """Gradient steps of a seed; rounded up to whole chunks."""
     chunk: Count = 1000
     """Gradient steps in one call of the compiled program."""
     batch_size: Count = 1024
     """Rows in a gradient step."""
     discount: Fraction = 0.99
-    """How far ahead the critic's goals are: offset k has probability proportional to discount^k."""
-    random_goals: Share = 0.0
-    """Share of the actor's goals that are any state of the data (OGBench's 'stitch': 0.5); others are later ones."""
-    bc_weight: Weight = 0.03
-    """Weight alpha of the data's actions in the actor's loss (OGBench: qrl 0.0003; on 'stitch' crl 0.1, qrl 0.003)."""
+    """How far ahead the critic's goals of crl are: offset k has probability proportional to discount^k."""
+    random_goals: Share | None = None
+    """Share of the actor's goals that are any state of the data, not later ones; by default OGBench's (page)."""
+    bc_weight: Weight | None = None
+    """Weight alpha of the data's actions in the actor's loss; gcbc has nothing else. By default OGBench's (page)."""
     mixed_loss: bool = False
     """The actor's loss as in 2022, bc_weight (-log pi) + (1 - bc_weight)(-q), without dividing by the size of q."""
-    latent_size: Annotated[int, MultipleOf(8)] = 512
-    """Length of an embedding."""
+    latent_size: Annotated[int, Ge(8), MultipleOf(8)] = 512
+    """Length of an embedding of crl and qrl."""
     width: Count = 512
     """Units in each layer."""
     depth: Annotated[int, Ge(0), MultipleOf(4)] = 0
@@ -88,6 +86,17 @@ class Config(run.RunConfig):
     """Gradient steps between evaluations; the end of the run always has one."""
     checkpoint_every: Count = 100_000
     """Gradient steps between checkpoints; the beginning and the end always have one."""
+
+
+def settle(config: Config) -> Config:
+    """With OGBench's settings where none are given. UserError if mixed_loss has nothing to mix."""
+    stitch = "stitch" in config.data and config.agent != "gcbc"
+    usual = {"crl": (0.03, 0.1), "qrl": (0.0003, 0.003), "gcbc": (1.0, 1.0)}[config.agent][stitch]
+    weight = usual if config.bc_weight is None else config.bc_weight
+    random = 0.5 * stitch if config.random_goals is None else config.random_goals
+    fits = not config.mixed_loss or (config.agent != "gcbc" and weight <= 1)
+    run.need(fits, f"mixed_loss mixes crl or qrl with a bc_weight of at most 1; these are {config.agent} and {weight}")
+    return dataclasses.replace(config, bc_weight=weight, random_goals=random)
 
 
 # ---- networks -----------------------------------------------------------------------------------------------------
@@ -171,11 +180,15 @@ def both(networks, x: Float[Array, "batch in"]) -> Float[Array, "2 batch out"]:
 
 
 def logits(
-    agent: Agent, observation: States, action: Float[Array, "batch action"], goal: Float[Array, "goals state"]
-) -> Float[Array, "2 batch goals"]:
-    """CRL: phi(s_i, a_i) . psi(g_j) / sqrt(latent) of both critics."""
+    agent: Agent,
+    observation: States,
+    action: Float[Array, "batch action"],
+    goal: Float[Array, "goals state"],
+    pairs: str = "kid,kjd->kij",
+) -> Float[Array, "2 batch *goals"]:
+    """CRL: phi(s_i, a_i) . psi(g_j) / sqrt(latent) of both critics, for all pairs or each row's own."""
     phi = both(agent.phi, jnp.concatenate([observation, action], axis=-1))
-    return jnp.einsum("kid,kjd->kij", phi, both(agent.psi, goal)) / math.sqrt(phi.shape[-1])
+    return jnp.einsum(pairs, phi, both(agent.psi, goal)) / math.sqrt(phi.shape[-1])
 
 
 def distance(
@@ -199,16 +212,10 @@ def q_value(
 ) -> Float[Array, " batch"]:
     """What the actor maximises: the smaller of CRL's two logits; minus QRL's distance from the predicted next state."""
     if config.agent == "crl":
-        phi = both(agent.phi, jnp.concatenate([observation, action], axis=-1))
-        return (phi * both(agent.psi, goal)).sum(axis=-1).min(axis=0) / math.sqrt(phi.shape[-1])
+        return logits(agent, observation, action, goal, "kid,kid->ki").min(axis=0)
     z = over_batch(agent.psi, observation)
     following = z + over_batch(agent.phi, jnp.concatenate([z, action], axis=-1))
     return -distance(agent, following, over_batch(agent.psi, goal))
-
-
-def value(config: Config, agent: Agent, observation: States, goal: States) -> Float[Array, " batch"]:
-    """Of the mean action, for pictures."""
-    return q_value(config, agent, observation, policy(agent, observation, goal).mode(), goal)
 
 
 # ---- losses -------------------------------------------------------------------------------------------------------
@@ -354,9 +361,8 @@ def evaluate(
     reset_key, play_key = jax.random.split(key)
     tasks = jnp.repeat(jnp.arange(len(env.tasks)), config.num_eval_episodes)
     start = jax.vmap(env.begin)(tasks, jax.random.split(reset_key, len(tasks)))
-    mean_action, act = jnp.zeros(len(tasks), bool), partial(policy, agent)
-    reached = lambda state: state.reward > 0
-    solved = evaluation.play(env, act, start, mean_action, config.episode_length, play_key, reached).any(axis=0)
+    sampled, act, reached = jnp.zeros(len(tasks), bool), partial(policy, agent), lambda state: state.reward > 0
+    solved = evaluation.play(env, act, start, sampled, config.episode_length, play_key, reached).any(axis=0)
     rates = solved.reshape(len(env.tasks), -1).mean(axis=1)
     recent = jnp.append(recent[1:], rates.mean())
     metrics = {f"eval/success_task{i + 1}": rate for i, rate in enumerate(rates)}
@@ -368,20 +374,15 @@ def evaluate(
 
 @run.command
 def main(argv: list[str] | None = None) -> None:
-    config = run.configure(Config, RECIPES, __doc__, argv)
-    env = make_env(config)
+    given = run.configure(Config, RECIPES, __doc__, argv)
+    env, config = run.make_env(given.env, GoalEnv, given.env_options), settle(given)
+    run.need(isinstance(env, PointMaze), f"env is {config.env}; data are there for {', '.join(OGBENCH)}")
     data = None if config.data in offline.SCRIPTED else offline.load(config.data, env)
-    with run.Run(config, "crl_offline", RECIPES, SCORES, unsaved=("data",)) as log:
+    with run.Run(given, "crl_offline", RECIPES, SCORES, unsaved=("data",)) as log:
         agent = train(config, env, data, log)
-        value_of = partial(value, config, agent) if config.agent != "gcbc" else None
-        pictures.draw_goal_reaching(log, env, None, partial(policy, agent), value_of, config.episode_length)
-
-
-def make_env(config: Config) -> PointMaze:
-    env = run.make_env(config.env, GoalEnv, config.env_options)
-    known = "pointmaze_medium, pointmaze_large, pointmaze_giant or pointmaze_teleport"
-    run.need(isinstance(env, PointMaze), f"env is {config.env}; data are there for {known}")
-    return env
+        value = lambda s, g: q_value(config, agent, s, policy(agent, s, g).mode(), g)  # of the mean action
+        value = None if config.agent == "gcbc" else value
+        pictures.draw_goal_reaching(log, env, None, partial(policy, agent), value, config.episode_length)
 
 
 def train(config: Config, env: PointMaze, data: offline.Data | None, log: run.Run) -> Agent:
@@ -394,8 +395,7 @@ def train(config: Config, env: PointMaze, data: offline.Data | None, log: run.Ru
         data = jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_seeds, *x.shape)), data)
     begin = log.over_seeds(partial(init, config, env))
     shapes = jax.eval_shape(begin, data, log.seeds)
-    steps = f"{data.rows.shape[1]:,} steps of {config.data}"
-    log.describe(f"{config.agent} on {steps}", actor=shapes.agent.actor, agent=shapes.agent)
+    log.describe(f"{config.agent} on {data.rows.shape[1]:,} steps of {config.data}", agent=shapes.agent)
     state = log.restore(shapes)
     learn_chunk = log.compile("learn", partial(learn, config), shapes, donate=True)
     score = log.compile("evaluate", partial(evaluate, config, env), shapes.agent, shapes.recent, log.seeds)
@@ -411,8 +411,8 @@ def train(config: Config, env: PointMaze, data: offline.Data | None, log: run.Ru
 
 def load(folder: str | Path, seed: int | None = None) -> tuple[Config, GoalEnv, Agent]:
     """Settings, environment and networks of a run, of its first seed or another; only reads (see the README)."""
-    config = run.load_config(Config, folder)
-    env = make_env(config)
+    config = settle(run.load_config(Config, folder))
+    env = run.make_env(config.env, GoalEnv, config.env_options)
     return config, env, run.load_agent(partial(make_agent, config, env), folder, config, seed)
 
 

@@ -6,6 +6,7 @@ jit, under vmap and in loops. Where a state is not the one that the worlds are i
 """
 
 import os
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ class HostFamily(TaskFamily):
         cores = os.cpu_count() or 1
         self.pool = Pool(title, worlds, workers or cores, arguments)
         self.simulator = f"{title} in {workers or cores} processes on {cores} cores"
+        self._lock = threading.Lock()
         self._latest: tuple[np.ndarray, ...] = ()
         """Tasks, actions and steps of the states that the worlds are in."""
 
@@ -110,7 +112,8 @@ class HostFamily(TaskFamily):
 
         def flat(*columns):
             batch = np.shape(columns[0])[:-1]
-            results = function(*(np.asarray(x).reshape(-1, *np.shape(x)[len(batch) :]) for x in columns))
+            with self._lock:  # a program may have two calls under way
+                results = function(*(np.asarray(x).reshape(-1, *np.shape(x)[len(batch) :]) for x in columns))
             return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
 
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)

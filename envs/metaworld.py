@@ -27,7 +27,7 @@ class MetaWorld(HostFamily):
 
     Args:
       task: the family's name, such as 'reach'.
-      reward_version: 1, the thesis' rewards, of up to 2,200 a step; or 2, the newer ones, between 0 and 10.
+      reward_version: 1, the thesis' rewards, of mostly up to 2,400 a step; or 2, the newer ones, between 0 and 10.
       workers: how many processes step the worlds; by default one for each core.
     """
 
@@ -71,7 +71,7 @@ class MetaWorld(HostFamily):
         return tasks[:num_train], tasks[num_train:]
 
     def _draw(self, key: Key[Array, ""], number: int) -> Float[Array, "number task"]:
-        draw = lambda seed: self.ask("tasks", [seed], [number])[0][0].astype(np.float32)
+        draw = lambda seed: self.ask("tasks", [int(seed)], [number])[0][0].astype(np.float32)
         shape = jax.ShapeDtypeStruct((number, self.task_size), jnp.float32)
         return jax.pure_callback(draw, shape, jax.random.randint(key, (), 0, 2**31 - 1), vmap_method="sequential")
 

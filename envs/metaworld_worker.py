@@ -11,6 +11,8 @@ DRAWS = 100
 class World:
     """What is changed of Meta-World's environments."""
 
+    _asked = 0
+
     def reset_mocap_welds(self):
         """As in the package, which knows rows of 11 numbers; MuJoCo 3.17 has a twelfth, which stays."""
         welds = self.model.eq_type == mujoco.mjtEq.mjEQ_WELD

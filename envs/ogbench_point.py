@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from envs.base import GoalEnv, GoalState
 from envs.mazes import Maze, draw
@@ -162,6 +162,12 @@ class PointMaze(GoalEnv):
         path, goal = np.asarray(states.observation)[:, ::4], np.asarray(states.goal)
         return film(path, goal, stem, RADIUS, lambda axes: draw(self.maze, axes), labels)
 
+    def in_the_open(self, positions: Shaped[np.ndarray, "rows 2"]) -> bool:
+        """Whether all of these have their centre in a free cell."""
+        cells = np.round((positions - self.maze.origin) / self.maze.cell_size).astype(int)
+        inside = ((cells >= 0) & (cells < self.maze.is_wall.shape)).all()
+        return bool(inside) and not self.maze.is_wall[tuple(cells.T)].any()
+
     def expert(self, position: Float[Array, "2"], goal: Int[Array, ""], key: Key[Array, ""]) -> Float[Array, "2"]:
         """Its action on the way to a free cell: towards the centre of the next one, with noise."""
         row, column = jnp.round((position - jnp.array(self.maze.origin)) / self.maze.cell_size).astype(int)
@@ -191,10 +197,11 @@ class PointMaze(GoalEnv):
             action = self.expert(state.observation, goal, action_key)
             after = self.step(state, action)
             arrived = after.reward > 0
-            new = jnp.where(arrived & (kind == "navigate"), vertex(goal_key), goal)
-            place = jnp.asarray(self.centres)[new] + jitter(noise_key, 1)[0]
-            after = self.with_goal(after, jnp.where(new == goal, after.goal, place))
-            return (after, new), (state.observation, action, arrived)
+            goes_on = arrived & (kind == "navigate")
+            goal = jnp.where(goes_on, vertex(goal_key), goal)
+            place = jnp.asarray(self.centres)[goal] + jitter(noise_key, 1)[0]
+            after = self.with_goal(after, jnp.where(goes_on, place, after.goal))
+            return (after, goal), (state.observation, action, arrived)
 
         return jax.lax.scan(step, (self.place(first, last), goal), jax.random.split(key, length + 1))[1]
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -47,7 +46,7 @@ class Pool:
     def __init__(self, name: str, worlds: str, number: int, arguments: Sequence[str] = (), **variables: str):
         self.failure: str | None = None
         self.workers: list[_Worker] = []
-        self._name, self._number, self._lock = name, number, threading.Lock()
+        self._name, self._number = name, number
         self._command = [sys.executable, "-P", str(WORKER), str(WORKER.parent / worlds), *arguments]
         self._variables = os.environ | dict.fromkeys(THREADS, "1") | variables
 
@@ -63,21 +62,20 @@ class Pool:
         """Has the processes do something at the same time. Each has a share of the worlds, whose entries in the columns
         it gets; the results have an entry for each world too. PoolError if a process dies."""
         asked, answers = [], []
-        with self._lock:
-            try:
-                for worker, share in zip(self.workers, shares(len(columns[0]), self._number)):
-                    if share.start < share.stop:
-                        asked.append(worker)
-                        worker.ask(request, *(column[share] for column in columns))
-                for worker in asked:
-                    answers.append(worker.answer())
-            except (OSError, EOFError, pickle.UnpicklingError):  # nobody at the other end of a pipe
-                reason = f"{self._name} worker {self.workers.index(worker)} died ({worker.last_words()})"
-                self.close()
-                self.fail(reason)
-            except KeyboardInterrupt:
-                self.close()  # the answers would be taken for those to the next request
-                raise
+        try:
+            for worker, share in zip(self.workers, shares(len(columns[0]), self._number)):
+                if share.start < share.stop:
+                    asked.append(worker)
+                    worker.ask(request, *(column[share] for column in columns))
+            for worker in asked:
+                answers.append(worker.answer())
+        except (OSError, EOFError, pickle.UnpicklingError):  # nobody at the other end of a pipe
+            reason = f"{self._name} worker {self.workers.index(worker)} died ({worker.last_words()})"
+            self.close()
+            self.fail(reason)
+        except KeyboardInterrupt:
+            self.close()  # the answers would be taken for those to the next request
+            raise
         return tuple(map(np.concatenate, zip(*answers)))
 
     def fail(self, reason: str) -> NoReturn:

@@ -29,7 +29,11 @@ def speeds(name: str) -> dict:
     worlds = [kind(reward_function_version="v1") for _ in range(WORLDS)]
     for world, task in zip(worlds, np.float64(tasks)):
         world._last_rand_vec, world._freeze_rand_vec, world._set_task_called = task, True, True
-    seconds = {"package": [], 1: [], 2: []}
+    seconds, rolls = {"package": [], 1: [], 2: []}, {}
+    for workers, family in families.items():
+        step = lambda state, action, family=family: (jax.vmap(family.step)(state, action), ())
+        start = jax.vmap(family.begin)(tasks)
+        rolls[workers] = jax.jit(partial(jax.lax.scan, step)).lower(start, actions).compile()
 
     def package():
         for step in actions:
@@ -41,10 +45,7 @@ def speeds(name: str) -> dict:
             world.reset()
         seconds["package"].append(measure.timed(package)[0])
         for workers, family in families.items():
-            step = lambda state, action, family=family: (jax.vmap(family.step)(state, action), ())
-            start = jax.vmap(family.begin)(tasks)
-            roll = jax.jit(partial(jax.lax.scan, step)).lower(start, actions).compile()
-            seconds[workers].append(measure.timed(roll, start, actions)[0])
+            seconds[workers].append(measure.timed(rolls[workers], jax.vmap(family.begin)(tasks), actions)[0])
     for family in families.values():
         family.close()
     package, one, two = (WORLDS * STEPS / np.median(x[1:]) for x in seconds.values())

@@ -242,6 +242,7 @@ def read(name: str) -> dict[str, np.ndarray]:
     """The columns of results/NAME.csv as numbers."""
     _, rows = lines(name)
     columns = {column: np.array([float(row[column] or "nan") for row in rows]) for column in rows[0]}
+    columns.setdefault("env_steps", columns.get("gradient_steps"))  # the clock of an offline run
     if "eval/return_oracle" in columns:  # who is told the task need not adapt
         columns["eval/return_adapted"] = columns["eval/return_oracle"]
     return columns
@@ -323,14 +324,18 @@ def draw_curves(shown: Figure) -> bytes:
     )  # fmt: skip
     spots = iter(axes.flat)
     for metric, title in metrics.items():
+        row = []
         for panel, curves in panels.items():
             axis = next(spots)
+            row.append(axis)
             for label, file in curves.items():
                 plot(axis, read(file), metric, label)
             axis.set(title=panel if len(panels) > 1 else title, xlabel="environment steps")
-            axis.set_ylim(0 if min(line.get_ydata().min() for line in axis.lines) >= 0 else None)
             axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
             axis.grid(alpha=0.3)
+        for axis in row:
+            lines = [line for each in (row if one_scale else [axis]) for line in each.lines]
+            axis.set_ylim(0 if min(line.get_ydata().min() for line in lines) >= 0 else None)
     for axis, curves in zip(spots, panels.values()):
         plot_bars(axis, curves, *next(iter(metrics.items())))
     if len(panels) > 1:

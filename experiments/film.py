@@ -4,7 +4,7 @@
     python experiments/film.py RUN_FOLDER OUT.gif sampled      with sampled actions
 
 An episode is shown until the robot has reached its goal and a little longer; then its picture stands still. The goal is
-the red ball, with the radius that counts as reached.
+the red ball.
 """
 
 import sys
@@ -17,6 +17,7 @@ import numpy as np
 import task_pictures  # first, for it chooses MuJoCo's renderer
 from algorithms import crl
 from envs.crafter import save_gif, side_by_side
+from envs.robot import Robot
 from shared import evaluation, run
 
 EPISODES, FRAMES = 3, 60
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(arguments) not in (2, 3) or arguments[2:] not in ([], ["sampled"]):
         raise run.UserError("film.py takes a run folder, a GIF, and perhaps 'sampled'")
     config, env, agent = crl.load(arguments[0])
+    run.need(isinstance(env, Robot), f"{env.name} is no robot in 3-D; its run has a GIF already")
     _, far_env = evaluation.make_envs(config)
     reset_key, key = jax.random.split(jax.random.key(0))
     start = jax.jit(jax.vmap((far_env or env).reset))(jax.random.split(reset_key, EPISODES))

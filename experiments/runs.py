@@ -168,7 +168,7 @@ def provenance(folder) -> dict:
     for start in [first, *later]:  # without paths of one machine
         start["command"] = re.sub(r"^\S+|(?<= )--(run_dir|resume)[= ]\S+ ?", "", f"{start['command']} ").strip()
         start["command"] = f"python {start['command']}"
-    extended = [start["command"] for start in later if "--total_env_steps" in start["command"]]
+    extended = [start["command"] for start in later if "--total_" in start["command"]]
     elsewhere = [start for start in later if {**start, "command": ""} != {**first, "command": ""}]
     return first | ({"extended": extended} if extended else {}) | ({"resumed": elsewhere} if elsewhere else {})
 

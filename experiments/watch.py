@@ -23,7 +23,9 @@ from shared import run
 
 METRICS = ("eval/success_any", "eval/score", "eval/return_adapted")
 """What is shown without --metric: the first one that the runs have."""
-NOT_COMPARED = ("seed", "num_seeds", "run_dir", "resume", "total_env_steps", "tensorboard", "wandb")
+NOT_COMPARED = (
+    *("seed", "num_seeds", "run_dir", "resume", "total_env_steps", "total_gradient_steps", "tensorboard", "wandb"),
+)
 """Settings that may differ within a curve."""
 
 
@@ -65,7 +67,8 @@ def read(folders: list[Path], metric: str | None) -> tuple[str | None, dict[str,
         metric = metric or next((name for name in METRICS if name in columns), None)
         run.need(metric in columns, f"{folder} has no metric {metric}; it has {', '.join(columns)}")
         for seed in np.unique(columns["seed"]):
-            rows = np.stack([columns[name][columns["seed"] == seed] for name in ("env_steps", "seed", metric)])
+            steps = "env_steps" if "env_steps" in columns else "gradient_steps"  # of an offline run
+            rows = np.stack([columns[name][columns["seed"] == seed] for name in (steps, "seed", metric)])
             seeds[seed] = max(seeds.get(seed, rows), rows, key=lambda rows: rows[0].max())
     env_steps, seed, values = np.concatenate([*seeds.values(), np.zeros((3, 0))], axis=1)
     steps, counts = np.unique(env_steps[~np.isnan(values)], return_counts=True)
@@ -101,12 +104,12 @@ def show(curves: dict[str, list[Path]], metric: str | None, picture: str) -> Non
             figures.plot(axis, curve, metric, f"{name} ({seeds} seed{'s' * (seeds > 1)})")
             last = figures.entry(figures.last(curve, metric))
         rows.append([name, f"{seeds}", f"{curve['env_steps'].max(initial=0):,.0f}", last])
-    axis.set(xlabel="environment steps", ylabel=metric)
+    axis.set(xlabel="steps", ylabel=metric)
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend(fontsize=8)
     Path(picture).write_bytes(figures.png(figure))
-    print(figures.table(["run", "seeds", "environment steps", f"{metric}, last"], rows), picture, sep="\n", flush=True)
+    print(figures.table(["run", "seeds", "steps", f"{metric}, last"], rows), picture, sep="\n", flush=True)
 
 
 @run.command

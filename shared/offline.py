@@ -5,6 +5,7 @@ leads nowhere. So every row but an episode's last is a transition, to the next r
 """
 
 import math
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from envs import GoalEnv
+from envs.ogbench_point import PointMaze
 from shared import run
 
 SCRIPTED = {"navigate": (1000, 2000), "stitch": (200, 200)}
@@ -31,7 +32,7 @@ class Data(NamedTuple):
     """Of each row, the last transition of its episode: as in OGBench, s_T is nobody's goal."""
 
 
-def demonstrate(env, kind: str, steps: int, key: Key[Array, ""]) -> Data:
+def demonstrate(env: PointMaze, kind: str, steps: int, key: Key[Array, ""]) -> Data:
     """So many steps of the expert, in whole episodes."""
     length = SCRIPTED[kind][env.layout == "giant"]
     episodes = math.ceil(steps / length)
@@ -42,7 +43,7 @@ def demonstrate(env, kind: str, steps: int, key: Key[Array, ""]) -> Data:
     return Data(flat(observation), flat(action), flat(number[:, :-1]), flat(final))
 
 
-def load(path: str, env: GoalEnv) -> Data:
+def load(path: str, env: PointMaze) -> Data:
     """A file of OGBench; UserError, in one line, if it is none or of another environment."""
     need, name = run.need, Path(path).name
     need(
@@ -55,19 +56,20 @@ def load(path: str, env: GoalEnv) -> Data:
             missing = [key for key in KEYS if key not in file]
             need(not missing, f"{name} has no {', '.join(missing)}; a file of OGBench has {', '.join(KEYS)}")
             observation, action, terminal = (file[key] for key in KEYS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise run.UserError(f"{name} is no npz file of arrays: {error}") from None
     for what, array, size in (
         ("observations", observation, env.observation_size),
         ("actions", action, env.action_size),
     ):
         need(
-            array.ndim == 2 and array.shape[1] == size,
-            f"{what} of {name} have shape {array.shape}; those of {env.name} have {size} columns",
+            array.ndim == 2 and array.shape[1] == size and np.issubdtype(array.dtype, np.number),
+            f"{what} of {name} are {array.dtype} {array.shape}; those of {env.name} are numbers in {size} columns",
         )
         need(bool(np.isfinite(array).all()), f"{what} of {name} are not all finite")
     numbers = len(observation), len(action), terminal.size
     need(len(set(numbers)) == 1, f"{name} has {numbers} observations, actions and terminals; it takes as many of each")
+    need(env.in_the_open(observation), f"{name} is of another maze than {env.name}: it has states inside its walls")
     ends = np.flatnonzero(terminal)
     need(len(ends) > 0, f"{name} has no terminals; each episode's last row has one")
     need(int(ends[-1]) == len(action) - 1, f"the last row of {name} is no terminal, so its last episode has no end")

@@ -59,6 +59,7 @@ from annotated_types import Ge, Gt, Interval
 from jaxtyping import Key
 
 import envs
+from envs.pool import PoolError
 from shared.networks import count_parameters
 
 PACKAGES = (
@@ -250,7 +251,7 @@ def settle_tasks(config, family: envs.TaskFamily):
     train, test = config.num_train_tasks or family.num_train_tasks, config.num_test_tasks or family.num_test_tasks
     try:
         jax.eval_shape(lambda key: family.tasks(key, train, test), jax.random.key(0))
-    except ValueError as error:
+    except (ValueError, PoolError) as error:
         raise UserError(str(error)) from None
     limit = family.longest_episode or config.episode_length
     message = f"episode_length is {config.episode_length}; an episode of {config.env} has at most {limit} steps"
@@ -353,7 +354,7 @@ def _range(limits: dict) -> str:
     low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
     why = f", {limits['why']}" if "why" in limits else ""
     if "multiple_of" in limits:
-        return f"is a positive multiple of {limits['multiple_of']}"
+        return f"is {'0 or ' * (low == 0)}a positive multiple of {limits['multiple_of']}"
     if high is None:
         return f"is {'at least' if 'ge' in limits else 'above'} {low}{why}"
     if {"gt", "lt"} <= set(limits):
@@ -486,7 +487,7 @@ class Run:
       scores: what to show of evaluations.
       unsaved: fields of the state that checkpoints leave out; a restored state has None there.
       worlds: vectorised environments or task families, closed at the end. A RuntimeError that is their failure becomes
-        a UserError, and the latest state is saved.
+        a UserError, and the state before the chunk is saved.
 
     Raises:
       UserError: the folder cannot be written, already holds a run, or another process is at work on it.
@@ -531,7 +532,8 @@ class Run:
         self.progress.close()
         failures = [world.failure for world in self._worlds if world.failure and isinstance(error, RuntimeError)]
         if failures and self._latest and not any(x.is_deleted() for x in jax.tree.leaves(self._latest)):
-            self.save(self._latest)
+            with contextlib.suppress(UserError):  # of a full disk: the failure is the news
+                self.save(self._latest)
         self._end(failed=error is not None)
         for world in self._worlds:
             world.close()
@@ -711,7 +713,6 @@ class Run:
 
     def evaluates(self, state) -> bool:
         """Whether an evaluation is due after the chunk that led to this state."""
-        self._latest = state
         return self._due(self.config.eval_every, self.steps, _count(state))
 
     def evaluation_keys(self, state) -> Key[jax.Array, " num_seeds"]:
@@ -769,7 +770,7 @@ class Run:
             step, seed, name = min(bad)
             many = losses[name].shape[1]
             last = gradient_step + (step + 1) * (list(self.steps.values())[-1] - gradient_step) // many
-            where = f"gradient step {last}" if many > 1 else f"env step {self.steps[self._clock]}"
+            where = f"gradient step {last}" if many > 1 else f"{self._step} {self.steps[self._clock]}"
             what = f"{name} is {losses[name][seed, step]} at {where} of seed {self.config.seed + seed}"
         elif not all_finite(state.agent):
             what = f"a parameter is not finite after gradient step {list(self.steps.values())[-1]}"

@@ -16,7 +16,8 @@ from algorithms import crl_offline
 from envs.ogbench_point import PointMaze
 from shared import offline, run
 
-SMALL = crl_offline.Config(width=16, latent_size=16, batch_size=12, data_rows=2000)
+GIVEN = crl_offline.Config(width=16, latent_size=16, batch_size=12, data_rows=2000)
+SMALL = crl_offline.settle(GIVEN)
 ENV = PointMaze("medium")
 
 
@@ -26,7 +27,7 @@ def data():
 
 
 def agent_of(name, **options):
-    config = dataclasses.replace(SMALL, agent=name, **options)
+    config = crl_offline.settle(dataclasses.replace(GIVEN, agent=name, **options))
     return config, crl_offline.make_agent(config, ENV, jax.random.key(1))
 
 
@@ -112,11 +113,11 @@ GOOD = {
     ("changes", "said"),
     [
         ({"terminals": None}, "a.npz has no terminals; a file of OGBench has observations, actions, terminals"),
-        (
-            {"observations": np.zeros((4, 29))},
-            r"observations of a.npz have shape \(4, 29\); those of .* have 2 columns",
-        ),
-        ({"actions": np.zeros(4)}, r"actions of a.npz have shape \(4,\)"),
+        ({"observations": np.zeros((4, 29))}, r"observations of a.npz are float64 \(4, 29\); .* in 2 columns"),
+        ({"actions": np.zeros(4)}, r"actions of a.npz are float64 \(4,\)"),
+        ({"actions": np.array([["a", "b"]] * 4)}, r"actions of a.npz are <U1 \(4, 2\); those of .* are numbers"),
+        ({"observations": np.full((4, 2), 500.0)}, "a.npz is of another maze than pointmaze_medium"),
+        ({"observations": np.full((4, 2), 16.0)}, "a.npz is of another maze than pointmaze_medium"),
         ({"actions": np.full((4, 2), np.nan)}, "actions of a.npz are not all finite"),
         ({"actions": np.zeros((3, 2))}, r"a.npz has \(4, 3, 4\) observations, actions and terminals"),
         ({"terminals": np.zeros(4)}, "a.npz has no terminals; each episode's last row has one"),
@@ -135,9 +136,13 @@ def test_a_file_that_is_no_data_is_refused_in_one_line(tmp_path, changes, said):
 def test_what_is_no_file_is_refused_in_one_line(tmp_path):
     with pytest.raises(run.UserError, match=r"neither navigate, stitch nor a file; .*download_datasets"):
         offline.load("pointmaze-medium-navigate-v0.npz", ENV)
-    (tmp_path / "b.npz").write_text("no")
-    with pytest.raises(run.UserError, match=r"b.npz is no npz file of arrays"):
-        offline.load(str(tmp_path / "b.npz"), ENV)
+    np.savez(tmp_path / "whole.npz", **GOOD)
+    np.save(tmp_path / "array.npy", GOOD["actions"])
+    cut = (tmp_path / "whole.npz").read_bytes()[:-100]
+    for content in (b"no", b"", cut, (tmp_path / "array.npy").read_bytes()):
+        (tmp_path / "b.npz").write_bytes(content)
+        with pytest.raises(run.UserError, match=r"b.npz is no npz file of arrays"):
+            offline.load(str(tmp_path / "b.npz"), ENV)
 
 
 # ---- losses -------------------------------------------------------------------------------------------------------
@@ -292,6 +297,22 @@ def test_who_goes_straight_to_the_goal_is_stopped_by_walls():
         scores = jax.jit(partial(crl_offline.evaluate, config, ENV))(agent, jnp.full(3, jnp.nan), jax.random.key(0))[1]
     tasks = [float(scores[f"eval/success_task{i}"]) for i in range(1, 6)]
     assert float(scores["eval/success"]) == pytest.approx(np.mean(tasks)) and min(tasks) == 0
+
+
+@pytest.mark.parametrize(
+    ("agent", "data", "weight", "random"),
+    [
+        ("crl", "navigate", 0.03, 0),
+        ("crl", "stitch", 0.1, 0.5),
+        ("qrl", "navigate", 0.0003, 0),
+        ("qrl", "pointmaze-giant-stitch-v0.npz", 0.003, 0.5),
+        ("gcbc", "stitch", 1, 0),
+    ],
+)
+def test_settings_that_are_not_given_are_ogbenchs(agent, data, weight, random):
+    config = crl_offline.settle(dataclasses.replace(GIVEN, agent=agent, data=data))
+    assert (config.bc_weight, config.random_goals) == (weight, random)
+    assert crl_offline.settle(dataclasses.replace(GIVEN, bc_weight=0.0, random_goals=0.1)).bc_weight == 0
 
 
 # ---- the command --------------------------------------------------------------------------------------------------

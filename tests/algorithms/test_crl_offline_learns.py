@@ -35,6 +35,7 @@ def trained(name, data, chunks):
     config = crl_offline.Config(
         agent=name, width=32, latent_size=16, batch_size=128, learning_rate=1e-3, discount=0.7, chunk=1000
     )
+    config = crl_offline.settle(config)
     state = crl_offline.init(config, Sizes(2, 1, 2), data, jax.random.key(0))
     learn = jax.jit(partial(crl_offline.learn, config))
     for _ in range(chunks):

@@ -133,13 +133,16 @@ BAD_INPUT = {
         (["--resume=/tmp"], r"/tmp is not a run folder"),
     ],
     crl_offline: [
-        (["--env=point_u_maze"], r"env is point_u_maze; data are there for pointmaze_medium, .* or pointmaze_teleport"),
+        (["--env=point_u_maze"], r"env is point_u_maze; data are there for pointmaze_medium, .*pointmaze_teleport"),
         (["--env=pointmaze_mediun"], r"unknown environment 'pointmaze_mediun'; did you mean pointmaze_medium"),
         (["--data=antmaze.npz"], r"data is 'antmaze.npz', which is neither navigate, stitch nor a file"),
         (["--agent=hiql"], r"crl\|gcbc\|qrl"),
-        (["--depth=6"], r"depth is 6; it is a positive multiple of 4"),
+        (["--depth=6"], r"depth is 6; it is 0 or a positive multiple of 4"),
         (["--latent_size=12"], r"latent_size is 12; it is a positive multiple of 8"),
-        (["--total_gradient_steps=0"], r"total_gradient_steps is 0; it is at least 1"),
+        (["--latent_size=0"], r"latent_size is 0; it is a positive multiple of 8"),
+        (["--agent=gcbc", "--mixed_loss"], r"mixed_loss mixes crl or qrl .*; these are gcbc and"),
+        (["--mixed_loss", "--bc_weight=2"], r"mixed_loss mixes .* a bc_weight of at most 1; these are crl and 2.0"),
+        (["--total_gradient_steps=0"], r"total_gradient_steps is 0; it lies in \[1, "),
         (["--resume=/tmp"], r"/tmp is not a run folder"),
     ],
     cocoa: [
@@ -256,7 +259,7 @@ def meta_metrics(script) -> list[str]:
 
 def offline_metrics() -> list[str]:
     def shapes(*flags):
-        config, env = configured(crl_offline, *flags), PointMaze("medium")
+        config, env = crl_offline.settle(configured(crl_offline, *flags)), PointMaze("medium")
         key = jax.eval_shape(lambda: jax.random.key(0))
         data = jax.eval_shape(lambda key: offline.demonstrate(env, "stitch", 200, key), key)
         state = jax.eval_shape(partial(crl_offline.init, config, env), data, key)

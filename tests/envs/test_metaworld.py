@@ -229,6 +229,22 @@ def test_lists_of_tasks_are_functions_of_the_key(family):
     assert scaled.shape == (5, 6) and np.abs(scaled).max() <= 1 and scaled.std(axis=0)[[0, 1, 3, 4]].min() > 0.1
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks into /proc")
+def test_workers_do_without_jax(family):
+    jax.block_until_ready(jax.jit(lambda key: family.tasks(key, 2, 1))(jax.random.key(0)))
+    for worker in family.pool.workers:
+        assert "jaxlib" not in Path(f"/proc/{worker._process.pid}/maps").read_text()
+
+
+def test_an_install_that_does_not_start_is_one_line_before_any_compilation(family, monkeypatch):
+    monkeypatch.setattr(family.pool, "_command", ["python", "-c", "raise ImportError('No module named packaging')"])
+    config = run.configure(rl2.Config, rl2.RECIPES, None, ["rl2", "--env=metaworld_push"])
+    with pytest.raises(
+        run.UserError, match=r"Meta-World worker \d died \(exit code 1: ImportError: No module named pack"
+    ):
+        rl2.settle(config, family)
+
+
 def test_a_worker_that_dies_is_one_line_and_the_next_call_starts_new_ones(family, episode):
     start, actions, *_, seen = episode
     os.kill(family.pool.workers[1]._process.pid, signal.SIGKILL)

@@ -844,7 +844,7 @@ def test_environments_are_closed_and_their_failure_is_one_line(tmp_path, failure
 
 
 @pytest.mark.parametrize("donated", [False, True])
-def test_when_a_world_fails_the_latest_state_is_saved_if_it_is_still_there(tmp_path, donated):
+def test_when_a_world_fails_the_state_before_the_chunk_is_saved_if_it_is_still_there(tmp_path, donated):
     worlds = [SimpleNamespace(failure="a worker died", close=lambda: None)]
     with (
         pytest.raises(run.UserError, match=r"a worker died; to go on .*: --resume"),
@@ -852,7 +852,8 @@ def test_when_a_world_fails_the_latest_state_is_saved_if_it_is_still_there(tmp_p
     ):
         log.going(jax.tree.map(jnp.copy, state_at(20)))  # which saves the first one in any case
         state = jax.tree.map(jnp.copy, state_at(40))
-        log.evaluates(state)
+        log.going(state)
+        log.evaluates(state_at(60))  # not yet in metrics.csv: it is to be made again
         if donated:
             state.agent.delete()
         raise RuntimeError("another fault")
