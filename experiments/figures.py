@@ -39,8 +39,6 @@ class Figure(NamedTuple):
     """Name of a panel -> its lines: label -> the CSV, a name in results/ or a path, without its ending."""
     bars: bool = False
     """At the end, the last values of the first metric."""
-    one_scale: bool = True
-    """Panels of a row share their vertical axis."""
 
 
 SUCCESS = {
@@ -58,6 +56,8 @@ METHODS = {
     "NCE + C-learning": ("nce_c_learning", "c_learning.py", "--loss nce_c_learning"),
 }
 """What reaches goals: label -> the end of its CSVs' names, script, flags."""
+META_LEARNERS = {"told the task": "oracle", "CoCOA": "cocoa", "PEARL": "pearl", "RL2": "rl2", "MAML": "maml"}
+"""Label -> a part of the CSV's name."""
 FIGURES = {
     "point_depth": Figure(
         SUCCESS,
@@ -199,23 +199,13 @@ FIGURES = {
             "an achievement is": {"the change of the latent state": "minicraft", "the state after": "minicraft_after"},
         },
     ),
-    "meta_learning": Figure(
-        {"eval/return_adapted": "return in test tasks, adapted"},
-        {
-            family: {
-                label: f"{family}_{name}_equal_steps"
-                for label, name in {
-                    "told the task": "oracle",
-                    "CoCOA": "cocoa",
-                    "PEARL": "pearl",
-                    "RL2": "rl2",
-                    "MAML": "maml",
-                }.items()
-            }
-            for family in ("point_goal", "half_cheetah_dir")
-        },
-        one_scale=False,
-    ),
+    **{
+        f"meta_learning_{family}": Figure(
+            {"eval/return_adapted": "return in test tasks, adapted"},
+            {family: {label: f"{family}_{name}_equal_steps" for label, name in META_LEARNERS.items()}},
+        )
+        for family in ("point_goal", "half_cheetah_dir")
+    },
     "craftax": Figure(
         {
             "eval/score": "score, fresh episodes, %",
@@ -316,11 +306,11 @@ def png(figure) -> bytes:
 def draw_curves(shown: Figure) -> bytes:
     from matplotlib import pyplot, ticker
 
-    metrics, panels, bars, one_scale = shown
+    metrics, panels, bars = shown
     shape = (len(metrics) + bars, len(panels)) if len(panels) > 1 else (1, len(metrics) + bars)
     figure, axes = pyplot.subplots(
         *shape, figsize=(max(2.4 * shape[1], 9), 2.8 * shape[0]), squeeze=False,
-        sharey="row" if len(panels) > 1 and one_scale else False, layout="constrained",
+        sharey="row" if len(panels) > 1 else False, layout="constrained",
     )  # fmt: skip
     spots = iter(axes.flat)
     for metric, title in metrics.items():
@@ -333,9 +323,9 @@ def draw_curves(shown: Figure) -> bytes:
             axis.set(title=panel if len(panels) > 1 else title, xlabel="environment steps")
             axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
             axis.grid(alpha=0.3)
+        lowest = min(line.get_ydata().min() for axis in row for line in axis.lines)
         for axis in row:
-            lines = [line for each in (row if one_scale else [axis]) for line in each.lines]
-            axis.set_ylim(0 if min(line.get_ydata().min() for line in lines) >= 0 else None)
+            axis.set_ylim(0 if lowest >= 0 else None)
     for axis, curves in zip(spots, panels.values()):
         plot_bars(axis, curves, *next(iter(metrics.items())))
     if len(panels) > 1:
@@ -629,7 +619,7 @@ TABLES = {
     "minicraft": lambda root: parts_table("achievements", root),
     "distillation": lambda root: parts_table("distillation", root),
     "craftax": lambda root: parts_table("craftax", root),
-    "meta_learning": lambda root: parts_table("meta_learning", root),
+    "meta_learning": lambda root: parts_table("meta_learning_point_goal", root),
     "adaptation": adaptation_table,
     "bench_depth": partial(measured_table, "bench_depth_cpu", DEPTH),
     "bench_scripts": partial(measured_table, "bench_scripts_cpu", SCRIPTS),
