@@ -154,6 +154,14 @@ FIGURES = {
         {"eval/success_any": "trained ways, mean action", "eval/far/sampled/success_any": "far goals, sampled action"},
         {"u": {f"depth {depth}": f"point_u_maze_stitching_depth_{depth}" for depth in (4, 8, 16)}},
     ),
+    "ant": Figure(
+        {
+            "eval/success_any": "mean action",
+            "eval/sampled/success_any": "sampled action",
+            "eval/time_at_goal": "mean action: steps at the goal",
+        },
+        {"ant": {"episodes that reach their goal": "ant"}},
+    ),
     "baselines": Figure(
         {"eval/time_at_goal": "steps at the goal, of 100"},
         {maze: {label: f"point_{maze}_maze_{name}" for label, (name, *_) in METHODS.items()} for maze in ("u", "u4")},
@@ -508,14 +516,18 @@ def baselines_table(root: str) -> str:
 
 
 def same_facts(names: list[str]) -> str:
-    """Seeds, steps, device and commits of runs that were made together."""
+    """Seeds, steps, device and commits of runs that were made together, with equal steps but for whole iterations."""
     facts, curves = [made(name) for name in names], [read(name) for name in names]
-    shared = {(len(np.unique(c["seed"])), int(c["env_steps"].max()), f["device"]) for c, f in zip(curves, facts)}
-    if len(shared) > 1:
-        raise SystemExit(f"error: runs of one table differ in seeds, steps or device {shared}: {', '.join(names)}")
-    ((seeds, steps, device),) = shared
+    shared = {(len(np.unique(c["seed"])), f["device"]) for c, f in zip(curves, facts)}
+    steps = sorted({int(c["env_steps"].max()) for c in curves})
+    if len(shared) > 1 or steps[-1] > 1.05 * steps[0]:
+        raise SystemExit(
+            f"error: runs of one table differ in seeds, device or steps {shared, steps}: {', '.join(names)}"
+        )
+    ((seeds, device),) = shared
     commits = ", ".join(sorted({fact["commit"][:7] + fact["commit"][40:] for fact in facts}))
-    return f"{seeds} seeds, {steps:,} environment steps each; {device}; commit {commits}"
+    between = " to ".join(f"{number:,}" for number in dict.fromkeys((steps[0], steps[-1])))
+    return f"{seeds} seeds, {between} environment steps each; {device}; commit {commits}"
 
 
 def parts_table(figure: str, root: str) -> str:
