@@ -40,10 +40,8 @@ RECIPES = {
         --gae_lambda 0.9 --update_epochs 6 --learning_rate 2e-3 --eval_repeats 5 --eval_every 100_000
         --checkpoint_every 500_000
     """,
-    "metaworld_*": """
-        --total_env_steps 2_500_000 --num_episodes 11 --num_trials 10 --num_minibatches 5 --width 256
-        --reward_scale 0.001
-    """,
+    "metaworld_*": "--total_env_steps 2_500_000 --num_episodes 11 --num_trials 10 --num_minibatches 5 --width 256 "
+    "--reward_scale 0.001",
 }
 """Flags for environments whose name matches a pattern; a flag that is given overrides them."""
 
@@ -356,8 +354,7 @@ SCORES = run.Scores(
 def evaluate(
     config: Config, family: TaskFamily, agent: Agent, test_tasks: Float[Array, "tasks task"], key: Key[Array, ""]
 ) -> dict:
-    """Returns of the first and the last episode of trials in the test tasks, with mean actions; and the share of last
-    episodes that solved the task, where the family has that notion."""
+    """Returns of first and last episodes of trials in the test tasks, mean actions; success where a family knows it."""
     tasks = jnp.tile(test_tasks, (config.eval_repeats, 1))
     solved = lambda _, after: family.solved(after) if family.solved else ()
     rows, _, solved = play(config, family, agent, tasks, False, key, solved)

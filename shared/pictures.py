@@ -108,15 +108,16 @@ def value_map(env: GoalEnv, value: Callable, goals: Float[jax.Array, "goals 2"],
     rows, columns = maze.is_wall.shape
     x, y = ((np.arange(n * cells) + 0.5) / cells - 0.5 for n in (rows, columns))
     points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+    places = maze.at(points)
 
     def values(goal):
-        placed = jax.vmap(env.place, (0, None))(jnp.asarray(maze.at(points)), goal)
+        placed = jax.vmap(env.place, (0, None))(jnp.asarray(places), goal)
         return value(placed.observation, placed.goal)
 
     walls = maze.is_wall[tuple(np.round(points).astype(int).T)]
     maps = jax.jit(lambda goals: jax.lax.map(values, goals))(goals)
     maps = np.where(walls, np.nan, maps).reshape(-1, len(y), len(x))
-    return maze.at(x[:, None])[:, 0], maze.at(y[:, None])[:, 1], maps
+    return places[: len(x), 0], places[:: len(x), 1], maps
 
 
 def draw_value_map(env: GoalEnv, goals, x, y, maps, path) -> Path:

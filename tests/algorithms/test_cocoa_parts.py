@@ -211,7 +211,7 @@ def test_evaluation_scores_the_first_and_the_last_episode(family, monkeypatch):
 
     def adapt(config, family, agent, tasks, key):
         seen.append(np.asarray(tasks)[:, 0])
-        return returns, cocoa.prior(6, 2)
+        return returns, cocoa.prior(6, 2), None
 
     monkeypatch.setattr(cocoa, "adapt", adapt)
     agent = cocoa.make_agent(config, family, jax.random.key(0))

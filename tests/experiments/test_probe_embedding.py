@@ -29,7 +29,8 @@ def test_the_probe_is_fitted_on_train_tasks_and_scored_on_test_tasks(monkeypatch
     def adapt(config, family, agent, tasks, key):
         met.append((tasks[:, 0].tolist(), jax.random.key_data(key).tolist()))
         known = (tasks + shift * 10.0 * (tasks >= 13))[:, :1]
-        return jnp.zeros((3, len(tasks))), cocoa.Gaussian(known @ jnp.array([[1.0, -2.0]]), jnp.ones((len(tasks), 2)))
+        posterior = cocoa.Gaussian(known @ jnp.array([[1.0, -2.0]]), jnp.ones((len(tasks), 2)))
+        return jnp.zeros((3, len(tasks))), posterior, None
 
     monkeypatch.setattr(cocoa, "adapt", adapt)
     family = Listed()
