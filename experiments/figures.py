@@ -596,6 +596,10 @@ FAMILY = {
     "family": "family", "random_return": "return", "standard_error": "standard error",
     "episode_length": "episode length", "compile_s": "compile, s", "steps_per_s": "steps/s",
 }  # fmt: skip
+METAWORLD = {
+    "family": "family", "package": "package, one process", "one": "here, one worker", "two": "here, two workers",
+    "ratio": "two workers against the package",
+}  # fmt: skip
 IMAGES = {"what": "gradient step", "seconds": "seconds", "ratio": "against torch"}
 KERNELS = {"variant": "variant", "kernels": "kernels a step", "temporary_mb": "XLA temporaries, MB"}
 
@@ -643,6 +647,7 @@ TABLES = {
     "tasks": partial(measured_table, "tasks_cpu", TASKS),
     "walls": partial(measured_table, "walls_cpu", WALLS),
     "families": partial(measured_table, "families_cpu", FAMILY),
+    "metaworld": partial(measured_table, "metaworld_cpu", METAWORLD),
     "family_physics": partial(measured_table, "family_physics_cpu", PHYSICS),
 }
 """Name in a page's comment -> what writes what follows it; takes the way from the page to the top folder."""
