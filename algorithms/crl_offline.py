@@ -302,7 +302,7 @@ def init(config: Config, env: GoalEnv, data: offline.Data, key: Key[Array, ""]) 
     agent = make_agent(config, env, agent_key)
     return TrainState(
         agent=agent,
-        optimizer=optax.adam(config.learning_rate).init(eqx.filter(agent, eqx.is_array)),
+        optimizer=optax.adam(config.learning_rate).init(agent),
         data=data,
         recent=jnp.full(3, jnp.nan),
         gradient_steps=jnp.zeros((), jnp.int32),

@@ -63,20 +63,8 @@ from envs.pool import PoolError
 from shared.networks import count_parameters
 
 PACKAGES = (
-    *(
-        "jax",
-        "jaxlib",
-        "equinox",
-        "optax",
-        "ott-jax",
-        "brax",
-        "mujoco",
-        "mujoco-mjx",
-        "craftax",
-        "crafter",
-        "metaworld",
-        "numpy",
-    ),
+    *("jax", "jaxlib", "equinox", "optax", "ott-jax", "brax", "mujoco", "mujoco-mjx", "craftax", "crafter"),
+    *("metaworld", "numpy"),
 )
 CHECKPOINTS_KEPT = 2
 TIMING_COLUMNS = ("seconds", "compile_seconds", "env_steps_per_second", "gradient_steps_per_second")
