@@ -22,15 +22,25 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Num
 
 from envs import GoalEnv, VectorState, select
 from shared import evaluation, pictures, run
 from shared import replay as buffer
-from shared.networks import Depth, NetworkOptions, ResidualMLP, SquashedGaussian, over_batch, project
+from shared.networks import (
+    AtariTorso,
+    Depth,
+    NetworkOptions,
+    OnImages,
+    ResidualMLP,
+    SquashedGaussian,
+    over_batch,
+    project,
+)
 from shared.run import Count, Fraction, Positive, Share, Steps, Weight
 
 # ---- config -------------------------------------------------------------------------------------------------------
@@ -41,6 +51,10 @@ RECIPES = {
         --min_replay_size 100 --max_replay_size 1000 --batch_size 256 --width 64 --discount 0.95
         --actor_lr 1e-3 --critic_lr 1e-3 --alpha_lr 1e-3 --final_lr_fraction 0.05
         --goal_switch_probability 0.1 --random_goals 0.5 --eval_every 200_000 --checkpoint_every 500_000
+    """,
+    "point_*_pixels": """
+        --total_env_steps 250_000 --num_envs 32 --updates_per_chunk 64 --max_replay_size 500 --batch_size 64
+        --image_channels 16 --num_eval_envs 32 --eval_every 50_000 --checkpoint_every 50_000
     """,
     **evaluation.BUDGETS,
     "--published": "--goals fixed --relabel published --log_prob_epsilon 1e-6",
@@ -92,6 +106,8 @@ class Config(run.RunConfig):
     """Depth of the two critic encoders, if other than depth."""
     width: Count = 256
     """Units in each layer."""
+    image_channels: Count = 32
+    """Of the first convolution, where observations are images; the next two have twice as many."""
     norm: Literal["layer", "none", "hyperspherical"] = "layer"
     """LayerNorm after each Dense; nothing; or a root mean square of 1, with weights of norm 1 (SimbaV2)."""
     activation: Literal["swish", "relu"] = "swish"
@@ -154,20 +170,23 @@ class Critic(NamedTuple):
 
     phi: ResidualMLP
     psi: ResidualMLP
+    torso: AtariTorso | eqx.nn.Identity
+    """What looks at images, states and goals alike."""
 
     def encode_state_action(
-        self, observation: Float[Array, "*batch observation"], action: Float[Array, "*batch action"]
+        self, observation: Num[Array, "*batch observation"], action: Float[Array, "*batch action"]
     ) -> Float[Array, "*batch representation"]:
-        return over_batch(self.phi, jnp.concatenate([observation, action], axis=-1))
+        state = over_batch(self.torso, observation)
+        return over_batch(self.phi, jnp.concatenate([state, action], axis=-1))
 
-    def encode_goal(self, goal: Float[Array, "*batch goal"]) -> Float[Array, "*batch representation"]:
-        return over_batch(self.psi, goal)
+    def encode_goal(self, goal: Num[Array, "*batch goal"]) -> Float[Array, "*batch representation"]:
+        return over_batch(self.psi, over_batch(self.torso, goal))
 
 
 class Agent(NamedTuple):
     """All that learns."""
 
-    actor: ResidualMLP
+    actor: ResidualMLP | OnImages
     """(s, g) -> mean and raw log-std of the action."""
     critic: Critic
     log_alpha: Float[Array, ""]
@@ -181,21 +200,28 @@ def make_agent(config: Config, env: GoalEnv, key: Key[Array, ""]) -> Agent:
     def mlp(in_size, depth, out_size, key):
         return ResidualMLP(in_size, config.width, depth, out_size, key, NetworkOptions.of(config))
 
-    actor = mlp(state + goal, config.actor_depth or config.depth, 2 * action, actor_key)
+    torso, pair = eqx.nn.Identity(), state + goal
+    if env.image_shape:
+        torso_key, pair_key = jax.random.split(jax.random.fold_in(key, 0))
+        torso = AtariTorso(env.image_shape, 1, config.image_channels, torso_key)
+        pair_torso = AtariTorso(env.image_shape, 2, config.image_channels, pair_key)
+        state = goal = pair = torso.size
+    actor = mlp(pair, config.actor_depth or config.depth, 2 * action, actor_key)
+    actor = OnImages(pair_torso, actor) if env.image_shape else actor
     phi = mlp(state + action, critic_depth, config.representation_size, phi_key)
     psi = mlp(goal, critic_depth, config.representation_size, psi_key)
-    return Agent(actor, Critic(phi, psi), jnp.zeros(()))
+    return Agent(actor, Critic(phi, psi, torso), jnp.zeros(()))
 
 
 def policy(
-    agent: Agent, observation: Float[Array, "*batch observation"], goal: Float[Array, "*batch goal"]
+    agent: Agent, observation: Num[Array, "*batch observation"], goal: Num[Array, "*batch goal"]
 ) -> SquashedGaussian:
     """pi(. | s, g)."""
     return SquashedGaussian.from_output(over_batch(agent.actor, jnp.concatenate([observation, goal], axis=-1)))
 
 
 def value(
-    config: Config, agent: Agent, observation: Float[Array, "batch observation"], goal: Float[Array, "batch goal"]
+    config: Config, agent: Agent, observation: Num[Array, "batch observation"], goal: Num[Array, "batch goal"]
 ) -> Float[Array, " batch"]:
     """f(s, mean action, g), for pictures."""
     phi = agent.critic.encode_state_action(observation, policy(agent, observation, goal).mode())
@@ -279,9 +305,9 @@ def contrastive_loss(logits: Float[Array, "batch batch"], kind: str) -> Float[Ar
 class Batch(NamedTuple):
     """Pairs for one gradient step: `goal` was reached later in the episode of `observation` and `action`."""
 
-    observation: Float[Array, "batch observation"]
+    observation: Num[Array, "batch observation"]
     action: Float[Array, "batch action"]
-    goal: Float[Array, "batch goal"]
+    goal: Num[Array, "batch goal"]
 
 
 def critic_loss(
@@ -306,7 +332,7 @@ def critic_loss(
 
 
 def actor_loss(
-    actor: ResidualMLP,
+    actor: ResidualMLP | OnImages,
     agent: Agent,
     psi: Float[Array, "batch representation"],
     batch: Batch,
@@ -341,9 +367,9 @@ def alpha_loss(log_alpha: Float[Array, ""], entropy: Float[Array, ""], target: f
 class Transition(NamedTuple):
     """One step of one environment, in the replay."""
 
-    observation: Float[Array, "*batch observation"]
+    observation: Num[Array, "*batch observation"]
     action: Float[Array, "*batch action"]
-    next_goal: Float[Array, "*batch goal"]
+    next_goal: Num[Array, "*batch goal"]
     """The goal achieved after the action."""
 
 
@@ -368,8 +394,10 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def empty_replay(config: Config, env: GoalEnv) -> buffer.Replay:
-    sizes = env.observation_size, env.action_size, len(env.goal_indices)
-    return buffer.init(Transition(*map(jnp.zeros, sizes)), config.max_replay_size, config.num_envs)
+    dtype = jnp.uint8 if env.image_shape else jnp.float32
+    goal = jnp.zeros(len(env.goal_indices), dtype)
+    row = Transition(jnp.zeros(env.observation_size, dtype), jnp.zeros(env.action_size), goal)
+    return buffer.init(row, config.max_replay_size, config.num_envs)
 
 
 def init(config: Config, env: GoalEnv, key: Key[Array, ""]) -> TrainState:
@@ -462,7 +490,7 @@ def evaluate(config: Config, env: GoalEnv, far_env: GoalEnv | None, agent: Agent
 def main(argv: list[str] | None = None) -> None:
     config = run.configure(Config, RECIPES, __doc__, argv)
     buffer.check(config)
-    env, far_env = evaluation.make_envs(config)
+    env, far_env = evaluation.make_envs(config, images=True)
     unsaved = () if config.checkpoint_replay else ("replay",)
     with run.Run(config, "crl", RECIPES, evaluation.SCORES, unsaved) as log:
         agent = train(config, env, far_env, log)
@@ -475,8 +503,7 @@ def train(config: Config, env: GoalEnv, far_env: GoalEnv | None, log: run.Run) -
     begin = log.over_seeds(partial(init, config, env))
     shapes = jax.eval_shape(begin, log.seeds)
     depths = f"{config.actor_depth or config.depth} in the actor, {config.critic_depth or config.depth} in the critic"
-    actor, (phi, psi), _ = shapes.agent
-    log.describe(f"layers in residual blocks: {depths}", actor=actor, phi=phi, psi=psi)
+    log.describe(f"layers in residual blocks: {depths}", actor=shapes.agent.actor, **shapes.agent.critic._asdict())
     state = log.restore(shapes)
     # compiled apart, because the prefill only collects
     collect_chunk = log.compile("collect", partial(collect, config, env), shapes, donate=True)
@@ -502,7 +529,7 @@ def train(config: Config, env: GoalEnv, far_env: GoalEnv | None, log: run.Run) -
 def load(folder: str | Path, seed: int | None = None) -> tuple[Config, GoalEnv, Agent]:
     """Settings, environment and networks of a run, of its first seed or another; only reads (see the README)."""
     config = run.load_config(Config, folder)
-    env, _ = evaluation.make_envs(config)
+    env, _ = evaluation.make_envs(config, images=True)
     return config, env, run.load_agent(partial(make_agent, config, env), folder, config, seed)
 
 

@@ -49,6 +49,8 @@ IN_MAZES = {
     "humanoid": "envs.humanoid.Humanoid",
 }
 """Robots that take every maze, as `<robot>_<maze>`; their first argument is the maze."""
+PIXELS = "_pixels"
+"""What the name of a point maze ends in whose observations and goals are images."""
 ARM_TASKS = ("reach", "push_easy", "push_hard", "binpick_easy", "binpick_hard", "binpick_easy_EEF", "grasp")
 IN_THE_OPEN = {
     "ant": ("envs.ant.Ant", {"layout": None}),
@@ -103,7 +105,8 @@ METAWORLD = {f"metaworld_{task}": ("envs.metaworld.MetaWorld", {"task": task}) f
 def names() -> list[str]:
     """All names that `make` takes, but for stitching tasks of other distances than the published ones."""
     in_mazes = [f"{robot}_{maze}" for robot in IN_MAZES for maze in mazes.names()]
-    return sorted([*in_mazes, *IN_THE_OPEN, *OGBENCH, *WITH_ACHIEVEMENTS, *FAMILIES, *METAWORLD])
+    in_pixels = [f"point_{maze}{PIXELS}" for maze in mazes.names()]
+    return sorted([*in_mazes, *in_pixels, *IN_THE_OPEN, *OGBENCH, *WITH_ACHIEVEMENTS, *FAMILIES, *METAWORLD])
 
 
 def make(name: str, /, **options: Any) -> Env:
@@ -148,7 +151,8 @@ def make_kind(name: str, kind: type[Env], /, **options: Any) -> Env:
 
 def far_goals(name: str) -> str | None:
     """The name of the environment with the same walls and the far goals, on which a policy is evaluated, if any."""
-    far_name = f"{name.partition('_gen_')[0]}_eval"
+    pixels = PIXELS if name.endswith(PIXELS) else ""
+    far_name = f"{name.removesuffix(PIXELS).partition('_gen_')[0]}_eval{pixels}"
     return far_name if far_name in names() else None
 
 
@@ -158,6 +162,9 @@ def _class_and_arguments(name: str) -> tuple[str, dict[str, Any]]:
     without_maze = IN_THE_OPEN | OGBENCH | WITH_ACHIEVEMENTS | FAMILIES | METAWORLD
     if name in without_maze:
         return without_maze[name]
+    if robot == "point" and name.endswith(PIXELS):
+        _, arguments = _class_and_arguments(name.removesuffix(PIXELS))
+        return "envs.point.PointMazePixels", arguments
     if robot and (name in names() or "_gen_" in name):
         return IN_MAZES[robot], {"layout": name.removeprefix(f"{robot}_")}
     near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)

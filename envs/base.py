@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Num, Shaped
 
 from envs.mazes import Maze
 
@@ -25,9 +25,9 @@ class GoalState(NamedTuple):
 
     physics: Any
     """PyTree of the physics backend; only the environment that made it looks inside."""
-    observation: Float[Array, "*batch observation"]
-    """What the robot senses, without the commanded goal."""
-    goal: Float[Array, "*batch goal"]
+    observation: Num[Array, "*batch observation"]
+    """What the robot senses, without the commanded goal. An image is its bytes, row by row."""
+    goal: Num[Array, "*batch goal"]
     """The commanded goal, in the units of `observation[goal_indices]`."""
     reward: Float[Array, "*batch"]
     """Reward of the step that led here (0 after a reset)."""
@@ -127,21 +127,27 @@ class GoalEnv(Env):
       goal_indices: the entries of the observation that a goal specifies.
       success_radius: a goal is reached while the Euclidean distance to it is below this, in the goal's unit.
       other_radii: more such radii that scores are published for, by name: 'easy', 'hard'.
-      maze: the walls, or None in the open; then the first two goal entries are x and y, and there is `place`.
+      maze: the walls, or None in the open; with them there are `place` and `position`.
+      image_shape: (height, width, channels) where observations and goals are images, in bytes; else None.
     """
 
     goal_indices: tuple[int, ...]
     success_radius: float
     other_radii: Mapping[str, float] = MappingProxyType({})
     maze: Maze | None = None
+    image_shape: tuple[int, int, int] | None = None
 
     @abc.abstractmethod
-    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, " goal"]:
+    def sample_goal(self, key: Key[Array, ""]) -> Num[Array, " goal"]:
         """Draws a goal from the distribution that `reset` draws from."""
 
     def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> GoalState:
         """In a maze: the robot at rest at x, y, with a goal at x, y."""
         raise NotImplementedError(f"{self.name} has no maze")
+
+    def position(self, goal: Num[Array, "*batch goal"]) -> Float[Array, "*batch 2"]:
+        """In a maze: the x, y that a goal stands for."""
+        return goal[..., :2]
 
     def render(self, states: GoalState, stem: str, labels: Sequence[str] = ()) -> str:
         """A picture of each entry of the achieved goals over time, and of the commanded ones (dotted).
@@ -164,7 +170,7 @@ class GoalEnv(Env):
         figure.savefig(f"{stem}.png")
         return f"{stem}.png"
 
-    def with_goal(self, state: GoalState, goal: Float[Array, " goal"]) -> GoalState:
+    def with_goal(self, state: GoalState, goal: Num[Array, " goal"]) -> GoalState:
         """The same state with another commanded goal."""
         return state._replace(goal=goal)
 
@@ -178,7 +184,7 @@ class GoalEnv(Env):
         walls = self.maze and self.maze.is_wall.tolist()
         return type(self), self.observation_size, self.control_step, walls
 
-    def achieved_goal(self, observation: Float[Array, "*batch observation"]) -> Float[Array, "*batch goal"]:
+    def achieved_goal(self, observation: Num[Array, "*batch observation"]) -> Num[Array, "*batch goal"]:
         """The goal that an observation would reach."""
         return observation[..., jnp.array(self.goal_indices)]
 

@@ -1,7 +1,8 @@
 """A point robot in pure JAX, in any maze and in the open: the story on a laptop, and tests with a known answer.
 
 In a maze the robot is a disc of radius 0.2 in corridors one unit wide. An action is its velocity, at most 0.3 units a
-step along each axis; walls push it out along their normal, so it slides along them. Observation: x, y. Goal: x, y.
+step along each axis; walls push it out along their normal, so it slides along them. Observation: x, y. Goal: x, y. Or
+both are images.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key, Num, UInt8
 
 from envs import mazes
 from envs.base import GoalEnv, GoalState, TaskFamily, TaskState
@@ -41,11 +42,15 @@ class PointMaze(GoalEnv):
         return self.place(start + _jitter(start_jitter), goal + _jitter(goal_jitter))
 
     def place(self, position: Float[Array, "2"], goal: Float[Array, "2"]) -> GoalState:
-        return GoalState(position, position, goal, jnp.zeros(()), jnp.zeros((), bool))
+        return GoalState(position, self.see(position), self.see(goal), jnp.zeros(()), jnp.zeros((), bool))
 
-    def sample_goal(self, key: Key[Array, ""]) -> Float[Array, "2"]:
+    def see(self, position: Float[Array, "2"]) -> Num[Array, " observation"]:
+        """The observation of a robot at x, y, which is also the goal to be there."""
+        return position
+
+    def sample_goal(self, key: Key[Array, ""]) -> Num[Array, " goal"]:
         goal_key, jitter_key = jax.random.split(key)
-        return self.maze.sample_goal(goal_key) + _jitter(jitter_key)
+        return self.see(self.maze.sample_goal(goal_key) + _jitter(jitter_key))
 
     def step(self, state: GoalState, action: Float[Array, "2"]) -> GoalState:
         position = state.physics
@@ -54,16 +59,87 @@ class PointMaze(GoalEnv):
             # the deepest wall first; twice, for a corner between two walls
             for _ in range(2):
                 position = _push_out(position, jnp.asarray(self._walls))
-        return self.rewarded(self.place(position, state.goal))
+        return self.rewarded(state._replace(physics=position, observation=self.see(position)))
 
     def render(self, states: GoalState, stem: str, labels: Sequence[str] = ()) -> str:
         """A GIF of all episodes side by side in one maze: the robots, their trails and their goals (crosses). It ends
         soon after the last robot that reaches its goal has reached it."""
-        path, goal = np.asarray(states.physics), np.asarray(states.goal)
-        at_goal = np.linalg.norm(path - goal, axis=-1) < self.success_radius
+        states = self.until_all_arrived(states)
+        draw_maze = lambda axes: mazes.draw(self.maze, axes)
+        return film(states.physics, states.goal, stem, ROBOT_RADIUS, draw_maze, labels)
+
+    def until_all_arrived(self, states: GoalState) -> GoalState:
+        """Trajectories (episode, time), cut off soon after the last arrival."""
+        at_goal = np.asarray(self.distance(jax.tree.map(jnp.asarray, states))) < self.success_radius
         arrivals = at_goal.argmax(axis=1)[at_goal.any(axis=1)]
         end = arrivals.max() + 5 if len(arrivals) else None
-        return film(path[:, :end], goal[:, :end], stem, ROBOT_RADIUS, lambda axes: mazes.draw(self.maze, axes), labels)
+        return jax.tree.map(lambda x: np.asarray(x)[:, :end], states)
+
+
+class PointMazePixels(PointMaze):
+    """The same maze from above: observation and goal are images of all of it, 64 x 64 x 3 bytes, row by row.
+
+    The robot, red, is where it is, or where it is to be; the floor is grey, walls are black. As in `mazes.draw`, x
+    grows to the right and y upwards. The edge of the disc is a pixel wide, so that an image tells the position to a
+    hundredth of a unit of length, which is how distances are measured.
+    """
+
+    name = "point_pixels"
+    image_shape = (64, 64, 3)
+    observation_size = 64 * 64 * 3
+    goal_indices = tuple(range(observation_size))
+
+    def __init__(self, layout: str):
+        super().__init__(layout)
+        cells = self.maze.is_wall.shape
+        self._pixels = 64 / max(cells)
+        """Of a unit of length."""
+        right = (np.arange(64) + 0.5) / self._pixels - 0.5
+        self._x, self._y = np.meshgrid(right, right[::-1])
+        inside = np.pad(~self.maze.is_wall, [(0, max(cells) - n) for n in cells])  # what is beyond the maze is wall
+        self._floor = inside[np.round(self._x).astype(int), np.round(self._y).astype(int)]
+
+    def see(self, position: Float[Array, "2"]) -> UInt8[Array, " observation"]:
+        distance = jnp.hypot(self._x - position[0], self._y - position[1])
+        robot = jnp.clip((ROBOT_RADIUS - distance) * self._pixels + 0.5, 0, 1)[..., None]
+        world = 127.0 * self._floor[..., None]
+        image = world + robot * (jnp.array([255.0, 0, 0]) - world)
+        return jnp.round(image).astype(jnp.uint8).reshape(-1)
+
+    def achieved_goal(self, observation: UInt8[Array, "*batch observation"]) -> UInt8[Array, "*batch goal"]:
+        return observation
+
+    def position(self, goal: UInt8[Array, "*batch goal"]) -> Float[Array, "*batch 2"]:
+        """The centre of what is redder than green."""
+        image = goal.reshape(*goal.shape[:-1], *self.image_shape).astype(jnp.float32)
+        robot = image[..., 0] - image[..., 1]
+        centre = lambda x: jnp.sum(robot * x, axis=(-2, -1)) / jnp.sum(robot, axis=(-2, -1))
+        return jnp.stack([centre(self._x), centre(self._y)], axis=-1)
+
+    def distance(self, state: GoalState) -> Float[Array, "*batch"]:
+        return jnp.linalg.norm(self.position(state.observation) - self.position(state.goal), axis=-1)
+
+    def render(self, states: GoalState, stem: str, labels: Sequence[str] = ()) -> str:
+        """A GIF of all episodes, four in a row: beside each observation its goal. It ends as in `PointMaze`."""
+        from PIL import Image, ImageDraw
+
+        states = self.until_all_arrived(states)
+        episodes, time = states.reward.shape
+        pairs = np.stack([states.observation, states.goal], axis=2).reshape(episodes, time, 2, *self.image_shape)
+        rows, columns = -(-episodes // 4), min(episodes, 4)
+        frames = np.full((time, rows * 84, columns * 138, 3), 255, np.uint8)
+        for i, pair in enumerate(pairs):
+            top, left = 84 * (i // 4) + 16, 138 * (i % 4) + 4
+            frames[:, top : top + 64, left : left + 64] = pair[:, 0]
+            frames[:, top : top + 64, left + 66 : left + 130] = pair[:, 1]
+        images = [Image.fromarray(frame).resize((2 * columns * 138, 2 * rows * 84), Image.NEAREST) for frame in frames]
+        for image in images:
+            for i, label in enumerate(labels):
+                at = 276 * (i % 4) + 8, 168 * (i // 4) + 14
+                ImageDraw.Draw(image).text(at, f"{label}: now, goal", fill=(0, 0, 0))
+        milliseconds = [80] * (time - 1) + [800]
+        images[0].save(f"{stem}.gif", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
+        return f"{stem}.gif"
 
 
 class PointGoal(TaskFamily):

@@ -78,6 +78,7 @@ def _equal_steps() -> dict[str, str]:
 
 RUNS = {
     "point_u_maze": "crl.py --num_seeds 5",
+    "point_u_maze_pixels": "crl.py --env point_u_maze_pixels --num_seeds 3",
     **{
         f"point_{maze}_maze_depth_{depth}": _study(f"--depth {depth}", f"{maze}_maze")
         for depth in DEPTHS

@@ -33,13 +33,14 @@ BUDGETS = {
 """Recipes of all goal-reaching algorithms: where '1000 Layer Networks' trains longer than 100 million steps."""
 
 
-def make_envs(config) -> tuple[GoalEnv, GoalEnv | None]:
+def make_envs(config, images: bool = False) -> tuple[GoalEnv, GoalEnv | None]:
     """The environment `env`, and the one with its far goals: `eval_env`, or by default that of the same name, if any.
 
     Raises:
-      UserError: no such environments, or they differ in more than their goals.
+      UserError: no such environments, or they differ in more than their goals, or have images where none are taken.
     """
     env = run.make_env(config.env, GoalEnv, config.env_options)
+    run.need(images or env.image_shape is None, f"{config.env} has images to look at; only crl.py takes those")
     far_name = config.eval_env or envs.far_goals(config.env)
     far_env = run.make_env(far_name, GoalEnv, config.env_options) if far_name else None
     if far_env and far_env.world != env.world:

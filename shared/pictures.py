@@ -54,9 +54,9 @@ def draw_goal_reaching(
     states, sampled = eight_episodes(env, far_env, policy, episode_length, key)
     log.draw("policy", film, env, states, sampled, str(log.folder / "rollout"))
     if env.maze:
-        tracks = np.asarray(env.achieved_goal(jnp.asarray(states.observation)))[..., :2]
-        path = log.folder / "trajectories.png"
-        log.draw("trajectories", draw_trajectories, env, tracks, states.goal[:, 0, :2], sampled, path)
+        tracks = np.asarray(env.position(env.achieved_goal(jnp.asarray(states.observation))))
+        goals, path = env.position(jnp.asarray(states.goal[:, 0])), log.folder / "trajectories.png"
+        log.draw("trajectories", draw_trajectories, env, tracks, np.asarray(goals), sampled, path)
     if env.maze and value:
         goals = three_goals(far_env or env)
         maps = value_map(env, value, jnp.asarray(goals))
@@ -105,19 +105,18 @@ def value_map(env: GoalEnv, value: Callable, goals: Float[jax.Array, "goals 2"],
     Returns the grid's x, its y, and the maps (goal, y, x); walls are NaN.
     """
     maze = env.maze
-    rows, columns = maze.is_wall.shape
-    x, y = ((np.arange(n * cells) + 0.5) / cells - 0.5 for n in (rows, columns))
-    points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+    x, y = ((np.arange(n * cells) + 0.5) / cells - 0.5 for n in maze.is_wall.shape)
+    points = np.stack(np.meshgrid(x, y), axis=-1)
     places = maze.at(points)
 
-    def values(goal):
-        placed = jax.vmap(env.place, (0, None))(jnp.asarray(places), goal)
+    def values_of_row(goal, row):
+        placed = jax.vmap(env.place, (0, None))(row, goal)
         return value(placed.observation, placed.goal)
 
-    walls = maze.is_wall[tuple(np.round(points).astype(int).T)]
-    maps = jax.jit(lambda goals: jax.lax.map(values, goals))(goals)
-    maps = np.where(walls, np.nan, maps).reshape(-1, len(y), len(x))
-    return places[: len(x), 0], places[:: len(x), 1], maps
+    rows = jnp.asarray(places)  # one after another, because images of all places at once are gigabytes
+    maps = jax.jit(lambda goals: jax.lax.map(lambda goal: jax.lax.map(partial(values_of_row, goal), rows), goals))
+    walls = maze.is_wall[tuple(np.moveaxis(np.round(points).astype(int), -1, 0))]
+    return places[0, :, 0], places[:, 0, 1], np.where(walls, np.nan, maps(goals))
 
 
 def draw_value_map(env: GoalEnv, goals, x, y, maps, path) -> Path:

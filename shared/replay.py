@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
 
 from shared import run
 
@@ -20,7 +20,7 @@ class Replay(NamedTuple):
     Row number t of an environment, counted from the first ever written, lies at position t % capacity.
     """
 
-    data: PyTree[Float[Array, "capacity num_envs ..."]]
+    data: PyTree[Num[Array, "capacity num_envs ..."]]
     episode: Int[Array, "capacity num_envs"]
     """Number of the episode that a row belongs to, counted from 0 in each environment."""
     episode_end: Int[Array, "capacity num_envs"]
@@ -40,7 +40,7 @@ class Replay(NamedTuple):
         return jnp.minimum(self.count, self.capacity)
 
 
-def init(row: PyTree[Float[Array, "..."]], capacity: int, num_envs: int) -> Replay:
+def init(row: PyTree[Num[Array, "..."]], capacity: int, num_envs: int) -> Replay:
     """An empty buffer for rows shaped like `row` (one environment, one step)."""
     return Replay(
         data=jax.tree.map(lambda x: jnp.zeros((capacity, num_envs, *x.shape), x.dtype), row),
@@ -51,7 +51,7 @@ def init(row: PyTree[Float[Array, "..."]], capacity: int, num_envs: int) -> Repl
     )
 
 
-def add(replay: Replay, rows: PyTree[Float[Array, "time num_envs ..."]], last: Bool[Array, "time num_envs"]) -> Replay:
+def add(replay: Replay, rows: PyTree[Num[Array, "time num_envs ..."]], last: Bool[Array, "time num_envs"]) -> Replay:
     """Appends `time` rows to every environment; `last` marks the rows after which an episode ended.
 
     Raises:
@@ -150,12 +150,12 @@ def _episode_end(replay, row, env):
     return replay.episode_end[episode % replay.capacity, env]
 
 
-def gather(replay: Replay, row: Int[Array, " batch"], env: Int[Array, " batch"]) -> PyTree[Float[Array, "batch ..."]]:
+def gather(replay: Replay, row: Int[Array, " batch"], env: Int[Array, " batch"]) -> PyTree[Num[Array, "batch ..."]]:
     """The data of the rows with these numbers, which the buffer must still hold."""
     return jax.tree.map(lambda x: x[row % replay.capacity, env], replay.data)
 
 
-def newest(replay: Replay) -> PyTree[Float[Array, "num_envs ..."]]:
+def newest(replay: Replay) -> PyTree[Num[Array, "num_envs ..."]]:
     """The data of the row that each environment wrote last; zeros if there is none."""
     return jax.tree.map(lambda x: x[(replay.count - 1) % replay.capacity], replay.data)
 

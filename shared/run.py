@@ -623,7 +623,8 @@ class Run:
         for line in lines:
             self.print(line)
         for name, network in networks.items():
-            self.print(f"{name:12s} {count_parameters(network) // config.num_seeds:,} parameters")
+            if parameters := count_parameters(network) // config.num_seeds:
+                self.print(f"{name:12s} {parameters:,} parameters")
         precision = jax.config.jax_default_matmul_precision or "default"
         self.print(f"device {device_name()}; matmul precision {precision}; {config.num_seeds} seed(s)")
 

@@ -140,6 +140,17 @@ def test_settings_run_from_any_folder_with_finite_losses(flags, tmp_path, cache)
     assert all(abs(float(row["train/critic_loss"])) < 1e6 for row in metrics(folder))
 
 
+def test_from_images_it_trains_keeps_bytes_and_draws(tmp_path, cache):
+    flags = "--env=point_u_maze_pixels", "--image_channels=4", "--total_env_steps=400"
+    done = run_to_end(*TINY, *flags, f"--run_dir={tmp_path / 'run'}", cwd=tmp_path, env=cache)
+    assert re.search(r"torso +[\d,]+ parameters", done.stdout)
+    assert {"rollout.gif", "value_map.png", "trajectories.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    config, env, agent = crl.load(tmp_path / "run")
+    assert [leaf.dtype.name for leaf in crl.empty_replay(config, env).data] == ["uint8", "float32", "uint8"]
+    state = env.reset(jax.random.key(0))
+    assert abs(crl.policy(agent, state.observation, state.goal).mode()).max() < 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",

@@ -65,6 +65,8 @@ BAD_INPUT = {
     sac: [
         (["--env=point_umaze"], r"unknown environment 'point_umaze'; did you mean .*point_u_maze"),
         (["--env=minicraft"], r"minicraft has no goals to reach; it is for ppo_ad.py"),
+        (["--env=point_u_maze_pixels"], r"point_u_maze_pixels has images to look at; only crl.py takes those"),
+        (["--env=point_u_maze_pixel"], r"did you mean point_u_maze_pixels"),
         (["--her=past"], r"none\|final\|future\|geometric"),
         (["--her_share=1.1"], r"her_share is 1.1; it lies in \[0, 1\]"),
         (["--target_rate=0"], r"target_rate is 0.0; it lies in \(0, 1\]"),

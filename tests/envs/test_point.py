@@ -194,3 +194,68 @@ def test_sizes_are_as_declared():
     assert (env.observation_size, env.action_size, env.goal_indices) == (2, 2, (0, 1))
     assert state.observation.shape == state.goal.shape == (2,)
     np.testing.assert_array_equal(env.achieved_goal(jnp.array([3.0, 4.0])), [3, 4])
+
+
+def brute_force_image(env: point.PointMaze, position) -> np.ndarray:
+    """A red disc on grey floor between black walls, pixel by pixel, each from 32 x 32 points in it."""
+    cells = env.maze.cells
+    scale = max(len(cells), len(cells[0])) / 64
+    image = np.zeros((64, 64, 3))
+    fine = (np.arange(32) + 0.5) / 32
+    for row in range(64):
+        for column in range(64):
+            x, y = (column + 0.5) * scale - 0.5, (63.5 - row) * scale - 0.5
+            i, j = round(x), round(y)
+            floor = i < len(cells) and j < len(cells[0]) and cells[i][j] != "#"
+            at = np.stack(np.meshgrid(x + (fine - 0.5) * scale, y + (fine - 0.5) * scale), axis=-1)
+            covered = np.mean(np.linalg.norm(at - position, axis=-1) < point.ROBOT_RADIUS)
+            image[row, column] = (1 - covered) * 127 * floor + covered * np.array([255, 0, 0])
+    return image
+
+
+@pytest.mark.parametrize("layout", ["u_maze", "u4_maze"])
+def test_pixels_show_the_maze_the_robot_and_the_goal(layout):
+    env = envs.make(f"point_{layout}_pixels")
+    state = jax.jit(env.place)(jnp.array([1.1, 2.93]), jnp.array([3.0, 1.2]))
+    for shown, position in ((state.observation, (1.1, 2.93)), (state.goal, (3.0, 1.2))):
+        assert shown.dtype == jnp.uint8 and shown.shape == (env.observation_size,)
+        image = np.asarray(shown, float).reshape(env.image_shape)
+        # away from the disc's edge to the byte; there to a tenth of the contrast
+        expected = brute_force_image(env, np.array(position))
+        assert np.abs(image - expected).max() < 26 and np.mean(np.abs(image - expected) < 1) > 0.99
+
+
+def test_pixels_are_the_same_task(tmp_path):
+    """Starts, goals, steps, rewards and distances are those of the maze without images."""
+    env, seen = envs.make("point_u4_maze"), envs.make("point_u4_maze_pixels")
+    keys = jax.random.split(jax.random.key(2), 300)
+    state, image = jax.vmap(env.reset)(keys), jax.vmap(seen.reset)(keys)
+    toward = state.goal - state.observation
+    action = toward / jnp.linalg.norm(toward, axis=1, keepdims=True)
+    for _ in range(3):
+        np.testing.assert_allclose(seen.position(image.observation), state.observation, atol=0.007)
+        np.testing.assert_allclose(seen.position(image.goal), state.goal, atol=0.007)
+        np.testing.assert_allclose(jax.vmap(seen.distance)(image), jax.vmap(env.distance)(state), atol=0.014)
+        state, image = jax.vmap(env.step)(state, action), jax.vmap(seen.step)(image, action)
+    np.testing.assert_array_equal(image.physics, state.physics)
+    clear = np.abs(jax.vmap(env.distance)(state) - env.success_radius) > 0.014
+    assert state.reward.sum() > 2
+    np.testing.assert_array_equal(image.reward[clear], state.reward[clear])
+    goal = jax.vmap(seen.sample_goal)(keys)
+    np.testing.assert_allclose(seen.position(goal), jax.vmap(env.sample_goal)(keys), atol=0.007)
+    assert envs.far_goals("point_u4_maze_pixels") == "point_u4_maze_eval_pixels"
+    assert "point_big_maze_pixels" in envs.names()
+
+
+def test_a_film_of_pixels_has_the_goal_beside_the_observation(tmp_path):
+    env = envs.make("point_u_maze_pixels")
+    walk = jax.vmap(lambda x: env.place(jnp.stack([1 + 0 * x, 1 + x / 10]), jnp.array([1.0, 1.5])))(jnp.arange(9.0))
+    states = jax.tree.map(lambda x: jnp.stack([x, x]), walk)
+    with Image.open(env.render(states, str(tmp_path / "film"), ("mean actions", "sampled actions"))) as film:
+        assert film.n_frames == 8  # five after it came within the radius
+        film.seek(film.n_frames - 1)
+        frame = np.asarray(film.convert("RGB")).astype(int)
+    assert frame.shape == (168, 552, 3)
+    for left, image in ((8, walk.observation[7]), (140, walk.goal[7])):
+        shown = frame[32:160:2, left : left + 128 : 2]
+        assert np.abs(shown - np.asarray(image, int).reshape(64, 64, 3)).mean() < 3

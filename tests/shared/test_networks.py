@@ -17,6 +17,7 @@ import envs
 from algorithms import crl
 from shared import run
 from shared.networks import (
+    AtariTorso,
     ImpalaCNN,
     Layer,
     NetworkOptions,
@@ -333,6 +334,28 @@ def test_encoder_equals_numpy(shape, backend, monkeypatch):
     expected = np.array([numpy_encoder(encoder, x) for x in image])
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
     assert (expected > 0).any(0).sum() > 2 and (expected >= 0).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_torso_equals_numpy(backend, monkeypatch):
+    """On two images whose channels are stacked: bytes in, and convolutions with strides 4, 2, 1 as loops."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: AtariTorso((16, 24, 3), 2, 4, jax.random.key(0)))
+    torso = jax.tree.map(lambda x: jnp.array(rng.normal(0, 0.2, x.shape), jnp.float32), shapes)
+    images = rng.integers(0, 256, (2, 16, 24, 3), np.uint8)
+    x = np.concatenate(images, axis=-1) / 255
+    for weight, bias, stride in zip(torso.weights, torso.biases, (4, 2, 1)):
+        size = len(weight)
+        out = np.zeros((x.shape[0] // stride, x.shape[1] // stride, len(bias)))
+        before = (size - stride) // 2  # zeros around the image, as much on both sides as can be
+        padded = np.pad(x, ((before, size), (before, size), (0, 0)))
+        for i, j in np.ndindex(*out.shape[:2]):
+            patch = padded[i * stride : i * stride + size, j * stride : j * stride + size]
+            out[i, j] = np.einsum("ijc,ijco->o", patch, np.asarray(weight, np.float64)) + bias
+        x = np.maximum(out, 0)
+    assert torso.size == x.size == 2 * 3 * 8 and (x > 0).sum() > 10
+    np.testing.assert_allclose(jax.jit(lambda x: torso(x))(jnp.array(images.ravel())), x.ravel(), rtol=1e-4, atol=1e-5)
 
 
 def test_encoder_in_bfloat16_rounds_the_products_only():
