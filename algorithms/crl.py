@@ -53,8 +53,8 @@ RECIPES = {
         --goal_switch_probability 0.1 --random_goals 0.5 --eval_every 200_000 --checkpoint_every 500_000
     """,
     "point_*_pixels": """
-        --total_env_steps 250_000 --num_envs 32 --updates_per_chunk 64 --max_replay_size 500 --batch_size 64
-        --image_channels 16 --num_eval_envs 32 --eval_every 50_000 --checkpoint_every 50_000
+        --total_env_steps 150_000 --num_envs 32 --updates_per_chunk 64 --max_replay_size 500 --batch_size 64
+        --image_channels 16 --num_eval_envs 32 --eval_every 30_000 --checkpoint_every 30_000
     """,
     **evaluation.BUDGETS,
     "--published": "--goals fixed --relabel published --log_prob_epsilon 1e-6",

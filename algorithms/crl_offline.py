@@ -39,7 +39,7 @@ from shared.run import Count, Fraction, Positive, Share, Steps, Weight
 
 RECIPES = {
     "--mixed_loss": "--bc_weight 0.05 --width 1024 --latent_size 16",
-    "pointmaze_giant": "--discount 0.995",
+    "*maze_giant": "--discount 0.995",
 }
 """Flags for environments whose name matches a pattern, or for a flag that is on; one that is given overrides them."""
 
@@ -49,7 +49,7 @@ class Config(run.RunConfig):
     """Defaults are OGBench's for its point mazes, data 'navigate'."""
 
     env: str = "pointmaze_medium"
-    """Environment that the data are of and the agent is scored in: pointmaze_medium, _large, _giant or _teleport."""
+    """Environment of data and scores: pointmaze_medium, _large, _giant, _teleport; antmaze_ the same, with a file."""
     data: str = "navigate"
     """'navigate' or 'stitch', which the scripted expert makes for each seed anew, or an OGBench file (.npz)."""
     data_rows: Count = 1_000_000
@@ -90,16 +90,19 @@ class Config(run.RunConfig):
 
 def settle(config: Config) -> Config:
     """With OGBench's settings where none are given. UserError if mixed_loss has nothing to mix."""
-    stitch = "stitch" in config.data and config.agent != "gcbc"
-    usual = {"crl": (0.03, 0.1), "qrl": (0.0003, 0.003), "gcbc": (1.0, 1.0)}[config.agent][stitch]
-    weight = usual if config.bc_weight is None else config.bc_weight
-    random = 0.5 * stitch if config.random_goals is None else config.random_goals
+    explore, stitch = "explore" in config.data, "stitch" in config.data
+    usual = {"crl": (0.03, 0.1, 0.003), "qrl": (0.0003, 0.003, 0.001), "gcbc": (1.0, 1.0, 1.0)}[config.agent]
+    weight = usual[2 if explore else config.env.startswith("antmaze")] if config.bc_weight is None else config.bc_weight
+    anywhere = 0.0 if config.agent == "gcbc" else 1.0 if explore else 0.5 * stitch
+    random = anywhere if config.random_goals is None else config.random_goals
     fits = not config.mixed_loss or (config.agent != "gcbc" and weight <= 1)
     run.need(fits, f"mixed_loss mixes crl or qrl with a bc_weight of at most 1; these are {config.agent} and {weight}")
     return dataclasses.replace(config, bc_weight=weight, random_goals=random)
 
 
 # ---- networks -----------------------------------------------------------------------------------------------------
+
+States = Float[Array, "batch state"]
 
 
 class Tower(eqx.Module):
@@ -170,9 +173,6 @@ class UnitGaussian(NamedTuple):
 def policy(agent: Agent, observation: Float[Array, "*batch state"], goal: Float[Array, "*batch state"]) -> UnitGaussian:
     """pi(. | s, g)."""
     return UnitGaussian(over_batch(agent.actor, jnp.concatenate([observation, goal], axis=-1)))
-
-
-States = Float[Array, "batch state"]
 
 
 def both(networks, x: Float[Array, "batch in"]) -> Float[Array, "2 batch out"]:
@@ -377,11 +377,11 @@ def main(argv: list[str] | None = None) -> None:
     given = run.configure(Config, RECIPES, __doc__, argv)
     env, config = run.make_env(given.env, GoalEnv, given.env_options), settle(given)
     run.need(isinstance(env, PointMaze), f"env is {config.env}; data are there for {', '.join(OGBENCH)}")
-    data = None if config.data in offline.SCRIPTED else offline.load(config.data, env)
-    with run.Run(given, "crl_offline", RECIPES, SCORES, unsaved=("data",)) as log:
+    data = None if env.in_jax and config.data in offline.SCRIPTED else offline.load(config.data, env)
+    with run.Run(given, "crl_offline", RECIPES, SCORES, unsaved=("data",), worlds=[env]) as log:
         agent = train(config, env, data, log)
         value = lambda s, g: q_value(config, agent, s, policy(agent, s, g).mode(), g)  # of the mean action
-        value = None if config.agent == "gcbc" else value
+        value = value if env.in_jax and config.agent != "gcbc" else None
         pictures.draw_goal_reaching(log, env, None, partial(policy, agent), value, config.episode_length)
 
 

@@ -68,10 +68,11 @@ IN_THE_OPEN = {
 }
 """Other tasks with goals, with the arguments that make them."""
 OGBENCH = {
-    f"pointmaze_{maze}": ("envs.ogbench_point.PointMaze", {"layout": maze})
+    f"{robot}_{maze}": (path, {"layout": maze})
+    for robot, path in {"pointmaze": "envs.ogbench_point.PointMaze", "antmaze": "envs.ogbench_ant.AntMaze"}.items()
     for maze in ("medium", "large", "giant", "teleport")
 }
-"""OGBench's point mazes, which are tasks with goals too."""
+"""OGBench's mazes, which are tasks with goals too."""
 WITH_ACHIEVEMENTS = {
     "craftax_classic_pixels": ("envs.crafter.CraftaxClassic", {"pixels": True}),
     "craftax_classic_symbolic": ("envs.crafter.CraftaxClassic", {"pixels": False}),

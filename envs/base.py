@@ -94,6 +94,8 @@ class Env(abc.ABC):
       observation_size, action_size: lengths of the two vectors; actions lie in [-1, 1].
       control_step: simulated seconds of a step; None where time has no unit.
       simulator: what steps the physics.
+      in_jax: whether the worlds live in this process; else `close` ends theirs, and `failure` says in one line why a
+        call failed.
     """
 
     name: str
@@ -101,6 +103,8 @@ class Env(abc.ABC):
     action_size: int
     control_step: float | None = None
     simulator: str = "pure JAX"
+    in_jax: bool = True
+    failure: str | None = None
 
     def __init_subclass__(cls):
         """Physics has float32 matrix products, whatever precision networks and losses have."""
@@ -118,6 +122,9 @@ class Env(abc.ABC):
     @abc.abstractmethod
     def render(self, states: State, stem: str) -> str:
         """Draws trajectories, `states` with leading axes (episode, time), into `stem` plus an ending: the path."""
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to end)
+        """Ends the processes of an environment that has any."""
 
 
 class GoalEnv(Env):
@@ -203,15 +210,14 @@ class AchievementEnv(Env):
       observation_dtype: 'uint8' for images in 0..255; 'float32' otherwise, images then in [0, 1].
       num_actions: how many actions there are.
       achievement_names: what each entry of `AchievementState.achievements` stands for.
-      in_jax: whether `step` is a function that JAX compiles; else the environment runs in other processes, and only
-        the vectorised one can be stepped, by one program at a time.
+
+    Where it is not `in_jax`, only the vectorised one can be stepped, by one program at a time.
     """
 
     observation_shape: tuple[int, ...]
     observation_dtype: str = "float32"
     num_actions: int
     achievement_names: tuple[str, ...]
-    in_jax: bool = True
     fresh_worlds: int | None = None
     """`VectorEnv.fresh_worlds`."""
 
@@ -240,14 +246,10 @@ class TaskFamily(Env):
       num_train_tasks, num_test_tasks: how many there are, as published.
       longest_episode: in steps, where the simulator has a limit of its own.
       solved: states -> whether the task is solved in each, where a family has that notion.
-      in_jax: whether the worlds live in this process; else `close` ends theirs, and `failure` says in one line why a
-        call failed.
     """
 
     longest_episode: int | None = None
     solved: Callable[[TaskState], Bool[Array, "*batch"]] | None = None
-    in_jax: bool = True
-    failure: str | None = None
 
     task_size: int
     oracle_size: int
@@ -276,9 +278,6 @@ class TaskFamily(Env):
     def training_reward(self, state: TaskState) -> Float[Array, ""]:
         """The reward to learn from; `TaskState.reward` is what context and scores are made of."""
         return state.reward
-
-    def close(self) -> None:
-        """Ends the processes of a family that has any."""
 
 
 class VectorState(NamedTuple):

@@ -1,8 +1,7 @@
-"""Task families whose worlds live in other processes, as pure functions all the same.
+"""Environments whose worlds live in other processes, as pure functions all the same.
 
-An episode is a function of its task and its actions, bit for bit. So a state holds the actions of its episode, and
 `reset` and `step` leave the compiled program (`jax.pure_callback`) for the processes of envs/pool.py. They work under
-jit, under vmap and in loops. Where a state is not the one that the worlds are in, they replay it.
+jit, under vmap and in loops.
 """
 
 import os
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from envs.base import TaskFamily, TaskState
+from envs.base import Env, TaskFamily, TaskState
 from envs.pool import Pool
 
 
@@ -30,14 +29,8 @@ class Episode(NamedTuple):
     """Whether the task was solved in the last step."""
 
 
-class HostFamily(TaskFamily):
-    """A family by a file that defines the class `Worlds`, which envs/pool_worker.py runs:
-
-        begin(tasks, actions)   starts an episode in each task, float64, and takes these actions (time, action):
-                                a tuple of the observations then
-        step(actions)           observations, rewards, and whether each task is solved now
-
-    Answers are NumPy arrays with an entry for each world, float32 or bool. Episodes end by a time limit only.
+class Host(Env):
+    """An environment by a file that defines the class `Worlds`, which envs/pool_worker.py runs.
 
     Args:
       title: what messages call the worlds.
@@ -46,7 +39,6 @@ class HostFamily(TaskFamily):
       workers: how many processes; by default one for each core.
     """
 
-    longest_episode: int
     in_jax = False
 
     def __init__(self, title: str, worlds: str, arguments: Sequence[str] = (), workers: int = 0):
@@ -54,8 +46,6 @@ class HostFamily(TaskFamily):
         self.pool = Pool(title, worlds, workers or cores, arguments)
         self.simulator = f"{title} in {workers or cores} processes on {cores} cores"
         self._lock = threading.Lock()
-        self._latest: tuple[np.ndarray, ...] = ()
-        """Tasks, actions and steps of the states that the worlds are in."""
 
     @property
     def failure(self) -> str | None:
@@ -63,6 +53,40 @@ class HostFamily(TaskFamily):
 
     def close(self) -> None:
         self.pool.close()
+
+    def ask(self, request: str, *columns) -> tuple[np.ndarray, ...]:
+        """What `Pool.ask` answers, from processes that are started if they are not there."""
+        self.pool.start()
+        return self.pool.ask(request, *columns)
+
+    def _call(self, function, like, *columns: Array):
+        """A function of NumPy arrays with a leading axis of worlds, from inside a compiled program, in which JAX itself
+        must not be used. The first column has one axis behind those of the batch."""
+
+        def flat(*columns):
+            batch = np.shape(columns[0])[:-1]
+            with self._lock:  # a program may have two calls under way
+                results = function(*(np.asarray(x).reshape(-1, *np.shape(x)[len(batch) :]) for x in columns))
+            return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
+
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
+        return jax.pure_callback(flat, shapes, *columns, vmap_method="broadcast_all")
+
+
+class HostFamily(Host, TaskFamily):
+    """A task family whose episode is a function of its task and its actions, bit for bit. So a state holds the actions
+    of its episode, and where it is not the one that the worlds are in, they replay it. Its `Worlds` have
+
+        begin(tasks, actions)   starts an episode in each task, float64, and takes these actions (time, action):
+                                a tuple of the observations then
+        step(actions)           observations, rewards, and whether each task is solved now
+
+    Answers are NumPy arrays with an entry for each world, float32 or bool. Episodes end by a time limit only.
+    """
+
+    longest_episode: int
+    _latest: tuple[np.ndarray, ...] = ()
+    """Tasks, actions and steps of the states that the worlds are in."""
 
     def reset(self, key: Key[Array, ""]) -> TaskState:
         return self.begin(self.sample_task(key))
@@ -100,24 +124,10 @@ class HostFamily(TaskFamily):
         return f"{stem}.png"
 
     def ask(self, request: str, *columns) -> tuple[np.ndarray, ...]:
-        """What `Pool.ask` answers, from processes that are started if they are not there. Only `step` leaves the
-        worlds in a state that is known."""
+        """Only `step` leaves the worlds in a state that is known."""
         if request != "step":
             self._latest = ()
-        self.pool.start()
-        return self.pool.ask(request, *columns)
-
-    def _call(self, function, like, *columns: Array):
-        """A function of NumPy arrays with a leading axis of worlds, from inside a compiled program."""
-
-        def flat(*columns):
-            batch = np.shape(columns[0])[:-1]
-            with self._lock:  # a program may have two calls under way
-                results = function(*(np.asarray(x).reshape(-1, *np.shape(x)[len(batch) :]) for x in columns))
-            return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
-
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
-        return jax.pure_callback(flat, shapes, *columns, vmap_method="broadcast_all")
+        return super().ask(request, *columns)
 
     # What follows is called from inside compiled programs, where JAX itself must not be used.
 

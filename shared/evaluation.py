@@ -41,6 +41,7 @@ def make_envs(config, images: bool = False) -> tuple[GoalEnv, GoalEnv | None]:
     """
     env = run.make_env(config.env, GoalEnv, config.env_options)
     run.need(images or env.image_shape is None, f"{config.env} has images to look at; only crl.py takes those")
+    run.need(env.in_jax, f"{config.env} is stepped by other processes; only crl_offline.py takes it")
     far_name = config.eval_env or envs.far_goals(config.env)
     far_env = run.make_env(far_name, GoalEnv, config.env_options) if far_name else None
     if far_env and far_env.world != env.world:

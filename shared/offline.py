@@ -46,11 +46,9 @@ def demonstrate(env: PointMaze, kind: str, steps: int, key: Key[Array, ""]) -> D
 def load(path: str, env: PointMaze) -> Data:
     """A file of OGBench; UserError, in one line, if it is none or of another environment."""
     need, name = run.need, Path(path).name
-    need(
-        Path(path).is_file(),
-        f"data is {path!r}, which is neither navigate, stitch nor a file; the package ogbench fetches its own: "
-        "ogbench.download_datasets(['pointmaze-medium-navigate-v0'])",
-    )
+    what = "neither navigate, stitch nor a file" if env.in_jax else "no file, and the scripted data are of point mazes"
+    fetch = f"ogbench.download_datasets(['{env.name.replace('_', '-')}-navigate-v0'])"
+    need(Path(path).is_file(), f"data is {path!r}, which is {what}; the package ogbench fetches its own: {fetch}")
     try:
         with np.load(path) as file:
             missing = [key for key in KEYS if key not in file]
@@ -69,7 +67,10 @@ def load(path: str, env: PointMaze) -> Data:
         need(bool(np.isfinite(array).all()), f"{what} of {name} are not all finite")
     numbers = len(observation), len(action), terminal.size
     need(len(set(numbers)) == 1, f"{name} has {numbers} observations, actions and terminals; it takes as many of each")
-    need(env.in_the_open(observation), f"{name} is of another maze than {env.name}: it has states inside its walls")
+    need(
+        env.in_the_open(observation[:, :2]),
+        f"{name} is of another maze than {env.name}: it has states inside its walls",
+    )
     ends = np.flatnonzero(terminal)
     need(len(ends) > 0, f"{name} has no terminals; each episode's last row has one")
     need(int(ends[-1]) == len(action) - 1, f"the last row of {name} is no terminal, so its last episode has no end")

@@ -300,17 +300,24 @@ def test_who_goes_straight_to_the_goal_is_stopped_by_walls():
 
 
 @pytest.mark.parametrize(
-    ("agent", "data", "weight", "random"),
+    ("agent", "env", "data", "weight", "random"),
     [
-        ("crl", "navigate", 0.03, 0),
-        ("crl", "stitch", 0.1, 0.5),
-        ("qrl", "navigate", 0.0003, 0),
-        ("qrl", "pointmaze-giant-stitch-v0.npz", 0.003, 0.5),
-        ("gcbc", "stitch", 1, 0),
+        ("crl", "pointmaze_medium", "navigate", 0.03, 0),
+        ("crl", "pointmaze_medium", "stitch", 0.03, 0.5),
+        ("crl", "antmaze_large", "antmaze-large-navigate-v0.npz", 0.1, 0),
+        ("crl", "antmaze_large", "antmaze-large-stitch-v0.npz", 0.1, 0.5),
+        ("crl", "antmaze_large", "antmaze-large-explore-v0.npz", 0.003, 1),
+        ("qrl", "pointmaze_large", "navigate", 0.0003, 0),
+        ("qrl", "pointmaze_giant", "pointmaze-giant-stitch-v0.npz", 0.0003, 0.5),
+        ("qrl", "antmaze_giant", "antmaze-giant-navigate-v0.npz", 0.003, 0),
+        ("qrl", "antmaze_medium", "antmaze-medium-explore-v0.npz", 0.001, 1),
+        ("gcbc", "pointmaze_medium", "stitch", 1, 0),
+        ("gcbc", "antmaze_medium", "antmaze-medium-explore-v0.npz", 1, 0),
     ],
 )
-def test_settings_that_are_not_given_are_ogbenchs(agent, data, weight, random):
-    config = crl_offline.settle(dataclasses.replace(GIVEN, agent=agent, data=data))
+def test_settings_that_are_not_given_are_ogbenchs(agent, env, data, weight, random):
+    """The table of the fact sheet: section 7.4."""
+    config = crl_offline.settle(dataclasses.replace(GIVEN, agent=agent, env=env, data=data))
     assert (config.bc_weight, config.random_goals) == (weight, random)
     assert crl_offline.settle(dataclasses.replace(GIVEN, bc_weight=0.0, random_goals=0.1)).bc_weight == 0
 

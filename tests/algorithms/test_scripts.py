@@ -65,6 +65,7 @@ BAD_INPUT = {
     sac: [
         (["--env=point_umaze"], r"unknown environment 'point_umaze'; did you mean .*point_u_maze"),
         (["--env=minicraft"], r"minicraft has no goals to reach; it is for ppo_ad.py"),
+        (["--env=antmaze_large"], r"antmaze_large is stepped by other processes; only crl_offline.py takes it"),
         (["--env=point_u_maze_pixels"], r"point_u_maze_pixels has images to look at; only crl.py takes those"),
         (["--env=point_u_maze_pixel"], r"did you mean point_u_maze_pixels"),
         (["--her=past"], r"none\|final\|future\|geometric"),
@@ -138,6 +139,10 @@ BAD_INPUT = {
         (["--env=point_u_maze"], r"env is point_u_maze; data are there for pointmaze_medium, .*pointmaze_teleport"),
         (["--env=pointmaze_mediun"], r"unknown environment 'pointmaze_mediun'; did you mean pointmaze_medium"),
         (["--data=antmaze.npz"], r"data is 'antmaze.npz', which is neither navigate, stitch nor a file"),
+        (
+            ["--env=antmaze_large"],
+            r"data is 'navigate', which is no file, .*'antmaze-large-navigate-v0'",
+        ),
         (["--agent=hiql"], r"crl\|gcbc\|qrl"),
         (["--depth=6"], r"depth is 6; it is 0 or a positive multiple of 4"),
         (["--latent_size=12"], r"latent_size is 12; it is a positive multiple of 8"),
