@@ -196,13 +196,12 @@ def distance(
 ) -> Float[Array, "*batch"]:
     """QRL's d(x, y), an interval quasimetric (Wang and Isola 2022): in groups of 8, the length of the union of the
     intervals [x_k, y_k]; then a learned mixture of the groups' mean and maximum."""
-    x, y = (z.reshape(*z.shape[:-1], -1, 8) for z in (x, y))
-    low, high = x, jnp.maximum(x, y)
-    order = jnp.argsort(low, axis=-1)
-    low, high = (jnp.take_along_axis(z, order, axis=-1) for z in (low, high))
-    reached = jax.lax.cummax(high, axis=high.ndim - 1)
-    before = jnp.concatenate([low[..., :1], reached[..., :-1]], axis=-1)
-    length = jnp.maximum(high - jnp.maximum(low, before), 0).sum(axis=-1)
+    low, high = (z.reshape(*z.shape[:-1], -1, 8) for z in (x, jnp.maximum(x, y)))
+    index = jnp.arange(8)
+    begins = low[..., None, :] < low[..., None]  # of two intervals (k, j), j before k; of two at once, the first
+    begins |= (low[..., None, :] == low[..., None]) & (index < index[:, None])
+    covered = jnp.max(high[..., None, :], axis=-1, initial=-jnp.inf, where=begins)
+    length = jnp.maximum(high - jnp.maximum(low, covered), 0).sum(axis=-1)
     share = jax.nn.sigmoid(agent.scalars[0])
     return share * length.mean(axis=-1) + (1 - share) * length.max(axis=-1)
 

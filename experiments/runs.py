@@ -76,6 +76,11 @@ def _equal_steps() -> dict[str, str]:
     return {f"{name}_equal_steps": command for name, command in runs.items()}
 
 
+def _offline(env: str, flags: str, width: int = 128) -> str:
+    small = f"--num_seeds 3 --width {width} --latent_size 64 --batch_size 256 --total_gradient_steps 20_000"
+    return f"crl_offline.py --env {env} {flags} {small} --chunk 500 --eval_every 2000 --checkpoint_every 2000"
+
+
 RUNS = {
     "point_u_maze": "crl.py --num_seeds 5",
     "point_u_maze_pixels": "crl.py --env point_u_maze_pixels --num_seeds 3",
@@ -150,6 +155,14 @@ RUNS = {
     "sparse_point_goal_pearl": "cocoa.py --env sparse_point_goal --num_seeds 3 --contrastive=false",
     "sparse_point_goal_oracle": "cocoa.py --env sparse_point_goal --num_seeds 3 --context=oracle",
     **_equal_steps(),
+    **{
+        f"pointmaze_{maze}_{agent}": _offline(f"pointmaze_{maze}", f"--agent {agent}")
+        for maze in ("medium", "large")
+        for agent in ("gcbc", "crl", "qrl")
+    },
+    **{
+        f"pointmaze_medium_crl_depth_{depth}": _offline("pointmaze_medium", f"--depth {depth}", 64) for depth in (4, 16)
+    },
     "ant": "crl.py --env ant --num_envs 128 --updates_per_chunk 200 --batch_size 256 --total_env_steps 10000000",
 }
 """Name of the CSV -> the command: a script, of algorithms/ where no folder is named, and its flags."""
