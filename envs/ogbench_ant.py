@@ -41,7 +41,9 @@ class AntMaze(Host, PointMaze):
         try:
             importlib.metadata.version("ogbench")
         except importlib.metadata.PackageNotFoundError:
-            raise ValueError("the package ogbench is not installed; pip install -e '.[offline]'") from None
+            raise ValueError(
+                "the package ogbench is not installed; pip install -e '.[offline]', with Python 3.11 or 3.12"
+            ) from None
         PointMaze.__init__(self, layout)
         self.name = f"antmaze_{layout}"
         Host.__init__(self, "OGBench", "ogbench_worker.py", (f"antmaze-{layout}-v0",), int(workers))

@@ -569,9 +569,7 @@ def offline_table(root: str) -> str:
             link = f"[CSV]({root}results/{name}.csv)"
             rows.append([panel, f"{label} ({link})", entry(100 * last(read(name), "eval/score"), 0), str(published)])
             names.append(name)
-    text = (
-        f"`{made(names[0])['command']}`, and so on: episodes that reach their goal, in percent, the mean of the last "
-    )
+    text = f"`{made(names[0])['command']}`, and so on: episodes that reach their goal, in percent, mean of the last "
     text += f"three evaluations; {same_facts(names).replace('environment', 'gradient')}; all again: "
     text += "`python experiments/runs.py offline`."
     return f"{text}\n\n{table(['data', 'agent', 'here', 'OGBench, a million steps'], rows)}"
