@@ -451,7 +451,7 @@ def sample(config: Config, env: GoalEnv, replay: buffer.Replay, key: Key[Array, 
         pairs = buffer.sample_future_in_window(replay, key, config.batch_size, config.discount, window)
         goal = env.achieved_goal(buffer.gather(replay, pairs.future, pairs.env).observation)
     transition = buffer.gather(replay, pairs.row, pairs.env)
-    return Batch(transition.observation, transition.action, goal)
+    return run.spread(Batch(transition.observation, transition.action, goal))
 
 
 def update(config: Config, env: GoalEnv, state: TrainState, key: Key[Array, ""]) -> tuple[TrainState, dict]:
@@ -492,7 +492,8 @@ def main(argv: list[str] | None = None) -> None:
     buffer.check(config)
     env, far_env = evaluation.make_envs(config, images=True)
     unsaved = () if config.checkpoint_replay else ("replay",)
-    with run.Run(config, "crl", RECIPES, evaluation.SCORES, unsaved) as log:
+    environments = {"replay": 1, "envs": 0}  # the axis of those, which several devices share
+    with run.Run(config, "crl", RECIPES, evaluation.SCORES, unsaved, environments=environments) as log:
         agent = train(config, env, far_env, log)
         critic = partial(value, config, agent)
         pictures.draw_goal_reaching(log, env, far_env, partial(policy, agent), critic, config.episode_length)

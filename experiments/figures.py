@@ -27,7 +27,8 @@ from algorithms import crl
 from shared import evaluation, pictures, run
 
 RESULTS = Path(__file__).parent.parent / "results"
-PAGES = ("README.md", "envs/README.md", *(f"algorithms/{name}.md" for name in ("crl", "sac", "ppo_ad", "cocoa")))
+WITH_TABLES = ("crl", "crl_offline", "sac", "ppo_ad", "cocoa")
+PAGES = ("README.md", "envs/README.md", *(f"algorithms/{name}.md" for name in WITH_TABLES))
 
 
 class Figure(NamedTuple):
@@ -164,7 +165,7 @@ FIGURES = {
         },
         {"ant": {"episodes that reach their goal": "ant"}},
     ),
-    "point_pixels": Figure(SUCCESS, {"u": {"from images": "point_u_maze_pixels", "from x, y": "point_u_maze"}}),
+    "point_pixels": Figure(evaluation.SCORES.curves, {"u": {"from images": "point_u_maze_pixels"}}),
     "offline": Figure(
         {"eval/success": "episodes that reach their goal"},
         {
@@ -250,8 +251,9 @@ def lines(name: str) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def read(name: str) -> dict[str, np.ndarray]:
-    """The columns of results/NAME.csv as numbers."""
-    _, rows = lines(name)
+    """The columns of results/NAME.csv as numbers; of NAME::RUN, those of a run of a sweep."""
+    name, _, one = name.partition("::")
+    rows = [row for row in lines(name)[1] if row.pop("run", one) == one]
     columns = {column: np.array([float(row[column] or "nan") for row in rows]) for column in rows[0]}
     columns.setdefault("env_steps", columns.get("gradient_steps"))  # the clock of an offline run
     if "eval/return_oracle" in columns:  # who is told the task need not adapt
@@ -461,20 +463,20 @@ def entry(values: np.ndarray, digits: int = 2) -> str:
 DEMO = evaluation.SCORES.curves | {"eval/success_any": "uniform goals, mean action (as the paper evaluates)"}
 
 
-def demo_table(root: str) -> str:
-    curve = read("point_u_maze")
+def goals_table(name: str, root: str) -> str:
+    """The four last evaluations of one run of crl.py in a maze."""
+    curve = read(name)
     rows = [
         [title, entry(last(curve, metric)), entry(last(curve, metric.replace("success_any", "time_at_goal")), 0)]
         for metric, title in DEMO.items()
     ]
-    config = run.configure(crl.Config, crl.RECIPES, crl.__doc__, [crl.__name__])
+    _, *flags = made(name)["command"].removeprefix("python ").split()
+    config = run.configure(crl.Config, crl.RECIPES, crl.__doc__, [crl.__name__, *flags])
     header = [
         f"last evaluation, {config.num_eval_envs} episodes a seed", "episodes that reach their goal",
         f"steps at the goal, of {config.episode_length}",
     ]  # fmt: skip
-    text = (
-        f"`{made('point_u_maze')['command']}`: {same_facts(['point_u_maze'])}; [CSV]({root}results/point_u_maze.csv)."
-    )
+    text = f"`{made(name)['command']}`: {same_facts([name])}; [CSV]({root}results/{name}.csv)."
     return f"{text}\n\n{table(header, rows)}"
 
 
@@ -655,7 +657,8 @@ DRAWN = {
 }
 """File -> what draws it."""
 TABLES = {
-    "demo": demo_table,
+    "demo": partial(goals_table, "point_u_maze"),
+    "pixels": partial(goals_table, "point_u_maze_pixels"),
     "depth": partial(depth_table, "point_depth", "maze", "`point_{}_maze`"),
     "choices": partial(choices_table, "point_choices"),
     "blocks": partial(choices_table, "point_blocks"),

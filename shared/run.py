@@ -69,7 +69,7 @@ PACKAGES = (
 CHECKPOINTS_KEPT = 2
 TIMING_COLUMNS = ("seconds", "compile_seconds", "env_steps_per_second", "gradient_steps_per_second")
 """The columns of metrics.csv that differ between two runs of one command on one machine."""
-UNTOLD = ("seed", "run_dir", "tensorboard", "wandb")
+UNTOLD = ("seed", "run_dir", "devices", "tensorboard", "wandb")
 """Settings that do not tell what a run is."""
 
 
@@ -136,6 +136,8 @@ class RunConfig:
     """Number of seeds (seed, seed + 1, ...), trained side by side in one program."""
     env_options: str = ""
     """Options of the environment (envs/README.md): 'name=value,name=value'."""
+    devices: Annotated[int, Ge(0)] = 0
+    """Devices that the seeds are spread over, or the environments of one seed (crl.py); 0: all, if they divide them."""
     matmul_precision: Literal["default", "float32", "tensorfloat32", "bfloat16"] | None = None
     """Precision of float32 matrix products in networks and losses. Without it JAX_DEFAULT_MATMUL_PRECISION holds, else
     JAX's default: float32 on a CPU, tensorfloat32 on most GPUs. Physics always has float32."""
@@ -165,8 +167,8 @@ def configure(config_class, recipes: dict[str, str], description: str | None, ar
     """Builds a Config from the command line.
 
     Defaults are the dataclass's; on them come the recipes whose pattern matches `--env`, then the flags given. With
-    `--resume`, everything comes from that run's config.json; a flag may only repeat it, or raise the budget of
-    steps.
+    `--resume`, everything comes from that run's config.json; a flag may only repeat it, raise the budget of steps, or
+    ask for other devices.
     `--help` prints and exits.
 
     Args:
@@ -306,7 +308,7 @@ def _annotations(config_class) -> dict[str, typing.Any]:
 
 
 def _resumed(config_class, given: dict) -> dict:
-    """The settings of the run to resume; a flag may repeat them, or ask for more steps."""
+    """The settings of the run to resume; a flag may repeat them, or ask for more steps or other devices."""
     folder, name = given["resume"], f"total_{clock(config_class)}"
     saved = dataclasses.asdict(load_config(config_class, folder)) | {"resume": folder}
     more = given.get(name, 0) > saved[name]
@@ -316,7 +318,7 @@ def _resumed(config_class, given: dict) -> dict:
             f"cannot go on to {given[name]}; start a new run"
         )
     for flag, value in given.items():
-        if value != saved[flag] and not (more and flag == name):
+        if value != saved[flag] and flag != "devices" and not (more and flag == name):
             raise UserError(
                 f"--{flag}={value} disagrees with the run in {folder}, which has {saved[flag]}; "
                 "drop the flag, or start a new run"
@@ -452,9 +454,11 @@ class Program(NamedTuple):
     compiled: jax.stages.Compiled
     output: typing.Any
     """Shapes of what it returns."""
+    places: typing.Any = None
+    """How its arguments lie on several devices."""
 
     def __call__(self, *args):
-        return self.compiled(*args)
+        return self.compiled(*(jax.device_put(args, self.places) if self.places else args))
 
 
 class Run:
@@ -476,14 +480,19 @@ class Run:
       unsaved: fields of the state that checkpoints leave out; a restored state has None there.
       worlds: vectorised environments or task families, closed at the end. A RuntimeError that is their failure becomes
         a UserError, and the state before the chunk is saved.
+      environments: fields of the state that can be spread over devices by environments -> the axis of those; where
+        there is one seed, and the script calls `spread` on its batches.
 
     Raises:
       UserError: the folder cannot be written, already holds a run, or another process is at work on it.
     """
 
-    def __init__(self, config, algorithm: str, recipes: dict[str, str], scores: Scores, unsaved=(), worlds=()):
+    def __init__(
+        self, config, algorithm: str, recipes: dict[str, str], scores: Scores, unsaved=(), worlds=(), environments=None
+    ):
         use_precision(config)
-        self._clock = clock(config)
+        self._environments, self._mesh, self._clock = environments or {}, _mesh(config, environments), clock(config)
+        self._split = self._mesh and self._mesh.axis_names[0]
         self._step, self._total = self._clock.replace("_steps", " step"), getattr(config, f"total_{self._clock}")
         self.config, self.recipes, self.scores, self._worlds = config, recipes, scores, worlds
         self.stopping, self.compile_seconds, self.steps, self.seeds = None, 0.0, {}, _seed_keys(config)
@@ -580,16 +589,41 @@ class Run:
         """A function of one seed, jitted and batched over a leading axis of seeds.
 
         One seed skips `vmap`, under which `lax.cond` would compute both of its branches. With `donate`, the first
-        argument's memory is reused for the result: a replay is never copied.
+        argument's memory is reused for the result: a replay is never copied. Of several devices each computes its
+        share of the seeds, and nothing passes between them.
         """
-        return jax.jit(over_seeds(self.config.num_seeds, function), donate_argnums=(0,) if donate else ())
+        function = over_seeds(self.config.num_seeds // (self._mesh.size if self._split == "seeds" else 1), function)
+        if self._split == "seeds":
+            split = jax.P("seeds")
+            function = jax.shard_map(function, mesh=self._mesh, in_specs=split, out_specs=split, check_vma=False)
+        return jax.jit(function, donate_argnums=(0,) if donate else ())
+
+    def _places(self, tree, name: str = ""):
+        """How arrays with a leading axis of seeds lie on several devices: by seeds; of one seed, by environments those
+        that have such an axis, and the rest on each device."""
+        if hasattr(tree, "_asdict") and not name:
+            return tree._replace(**{field: self._places(value, field) for field, value in tree._asdict().items()})
+        if type(tree) is tuple and not name:
+            return tuple(map(self._places, tree))
+        axis = 0 if self._split == "seeds" else 1 + self._environments.get(name, 99)
+        spec = lambda x: jax.P(*[None] * axis, self._split) if axis < x.ndim else jax.P()
+        return jax.tree.map(lambda x: jax.NamedSharding(self._mesh, spec(x)), tree)
 
     def compile(self, name: str, function, *shapes, donate: bool = False) -> Program:
         """Compiles a function of one seed for arguments of all seeds.
 
         A dict among its results holds metrics; their names become columns of metrics.csv.
         """
-        program = self.compile_jitted(name, self.over_seeds(function, donate), *shapes)
+        jitted, places = self.over_seeds(function, donate), None
+        if self._mesh:
+            places = self._places(shapes)
+            with jax.set_mesh(self._mesh):
+                out = self._places(jax.eval_shape(jitted, *shapes))
+                options = {"in_shardings": places, "out_shardings": out, "donate_argnums": (0,) if donate else ()}
+                program = self.compile_jitted(name, jax.jit(jitted, **options), *shapes)
+        else:
+            program = self.compile_jitted(name, jitted, *shapes)
+        program = program._replace(places=places)
         for result in program.output if type(program.output) is tuple else [program.output]:
             self.columns += result if isinstance(result, dict) else []
         return program
@@ -626,7 +660,8 @@ class Run:
             if parameters := count_parameters(network) // config.num_seeds:
                 self.print(f"{name:12s} {parameters:,} parameters")
         precision = jax.config.jax_default_matmul_precision or "default"
-        self.print(f"device {device_name()}; matmul precision {precision}; {config.num_seeds} seed(s)")
+        over = f"; {self._split} over {self._mesh.size} devices" if self._mesh else ""
+        self.print(f"device {device_name()}; matmul precision {precision}; {config.num_seeds} seed(s){over}")
 
     def restore(self, like):
         """Loads the newest checkpoint that is intact, and cuts metrics.csv back to it.
@@ -894,8 +929,9 @@ def over_seeds(num_seeds: int, function):
 
 
 def one_seed(tree, i: int = 0):
-    """Of arrays with a leading axis of seeds, those of the i-th."""
-    return jax.tree.map(lambda x: x[i], tree)
+    """Of arrays with a leading axis of seeds, those of the i-th; on one device."""
+    spread = lambda x: not isinstance(x, jax.core.Tracer) and len(x.devices()) > 1
+    return jax.tree.map(lambda x: jax.device_put(x[i], jax.devices()[0]) if spread(x) else x[i], tree)
 
 
 def use_precision(config) -> None:
@@ -931,6 +967,25 @@ def commit(script: str | Path | None = None) -> str:
 
 
 # ---- helpers ------------------------------------------------------------------------------------------------------
+
+
+def _mesh(config, environments) -> jax.sharding.Mesh | None:
+    """The devices that seeds, or the environments of one seed, are spread over; None where it is one. UserError if
+    there are not so many as were asked for, or they do not divide them."""
+    split = "environments" if config.num_seeds == 1 and environments else "seeds"
+    there, parts = len(jax.devices()), config.num_envs if split == "environments" else config.num_seeds
+    fit = [number for number in range(1, there + 1) if parts % number == 0]
+    number = config.devices or fit[-1]
+    need(number <= there, f"devices is {number}; there are {there}")
+    nearest = min(fit, key=lambda each: abs(each - number))
+    need(number in fit, f"devices is {number}, which does not divide the {parts} {split}; the nearest is {nearest}")
+    return jax.make_mesh((number,), (split,), (jax.sharding.AxisType.Auto,)) if number > 1 else None
+
+
+def spread(batch):
+    """A batch inside of a program whose environments are spread over devices: so are its rows. Else as it is."""
+    on_devices = "environments" in jax.sharding.get_abstract_mesh().axis_names
+    return jax.lax.with_sharding_constraint(batch, jax.P("environments")) if on_devices else batch
 
 
 def _seed_keys(config):

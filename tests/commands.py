@@ -1,6 +1,8 @@
 """Scripts as a user runs them: in processes of their own."""
 
 import csv
+import json
+import math
 import os
 import random
 import signal
@@ -16,6 +18,14 @@ def metrics(folder) -> list[dict[str, str]]:
     """The rows of metrics.csv without the columns that tell the time."""
     rows = list(csv.DictReader((Path(folder) / "metrics.csv").open()))
     return [{k: v for k, v in row.items() if k not in TIMING_COLUMNS} for row in rows]
+
+
+def check_close(one, other, rows=8) -> None:
+    """The first rows of two runs that add up in another order, and then drift apart."""
+    for a, b in zip(metrics(one)[:rows], metrics(other)[:rows], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert math.isclose(float(a[name] or 0), float(b[name] or 0), rel_tol=2e-3, abs_tol=2e-3), (name, a, b)
 
 
 class Script:
@@ -61,6 +71,27 @@ class Script:
         assert saved == int(metrics(stopped)[-1]["env_steps"]), "nothing that was trained is lost"
         self.run(f"--resume={stopped}", cwd=folder, env=cache)
         assert metrics(stopped) == metrics(folder / "whole")
+
+    def on_devices(self, number, flags, cwd, env):
+        """Runs it on so many devices, which are parts of this CPU; returns facts of its programs (on_devices.py)."""
+        devices = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}"
+        path = os.pathsep.join([str(Path(self.path).parent.parent), os.environ.get("PYTHONPATH", "")])
+        options = {"cwd": cwd, "env": {**self.env, **env, "XLA_FLAGS": devices, "PYTHONPATH": path}}
+        command = [sys.executable, str(Path(__file__).with_name("on_devices.py")), Path(self.path).stem, *flags]
+        done = subprocess.run(command, timeout=900, check=False, capture_output=True, text=True, **options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, json.loads(done.stdout.splitlines()[-1])
+
+    def check_seeds_on_devices(self, reference, cache, program):
+        """Two seeds on two devices of four: nothing passes between them, `program` writes in place, and the first
+        metrics are those of one device."""
+        folder, flags, _ = reference
+        out, facts = self.on_devices(4, [*flags, f"--run_dir={folder / 'spread'}"], folder, cache)
+        assert "seeds over 2 devices" in out
+        assert not any(each["collectives"] for each in facts.values())
+        assert facts[program]["reused"] > 0
+        assert all(shape[0] == 2 and share == [1, *shape[1:]] for shape, share in facts[program]["shares"])
+        check_close(folder / "spread", folder / "whole")
 
     def interfered(self, interfere, folder, flags, cwd, rows, env):
         """The same with `interfere(process)` instead of a signal."""

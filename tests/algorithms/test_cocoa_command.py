@@ -95,6 +95,10 @@ def test_the_probe_of_a_run_is_between_nothing_and_all(reference, capsys):
     assert files(folder) == before
 
 
+def test_seeds_on_two_devices_train_the_same(reference, cache):
+    SCRIPT.check_seeds_on_devices(reference, cache, "learn")
+
+
 def test_killed_twice_and_resumed_it_ends_with_the_same_metrics(reference, cache):
     SCRIPT.check_kills(reference, cache, shares=(0.2, 0.5))
 

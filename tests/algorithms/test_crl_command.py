@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import Script, metrics
+from commands import Script, check_close, metrics
 
 import envs
 from algorithms import crl
@@ -53,6 +53,25 @@ def test_prints_what_it_is_and_last_the_run_folder(reference):
     assert {"config.json", "metrics.csv", "checkpoints", "curve.png", "value_map.png", "trajectories.png"} <= {
         p.name for p in (folder / "whole").iterdir()
     }
+
+
+def test_seeds_on_two_devices_train_the_same(reference, cache):
+    SCRIPT.check_seeds_on_devices(reference, cache, "learn")
+
+
+def test_environments_of_one_seed_on_four_devices_train_the_same(tmp_path, cache):
+    flags = [*TINY, "--final_lr_fraction=1", "--random_goals=0", "--total_env_steps=1600"]
+    run_to_end(*flags, f"--run_dir={tmp_path / 'whole'}", cwd=tmp_path, env=cache)
+    out, facts = SCRIPT.on_devices(4, [*flags, f"--run_dir={tmp_path / 'spread'}"], tmp_path, cache)
+    assert "environments over 4 devices" in out
+    shares = [(shape, share) for shape, share in facts["learn"]["shares"] if shape[1:3] == [60, 8]]
+    assert len(shares) > 4 and all(share[2] == 2 for _, share in shares), "each device has its part of the replay"
+    assert "all-reduce" in facts["learn"]["collectives"], "of the gradients"
+    check_close(tmp_path / "spread", tmp_path / "whole")
+    # and on one device from where four had come
+    run_to_end(f"--resume={tmp_path / 'spread'}", "--devices=1", "--total_env_steps=2400", cwd=tmp_path, env=cache)
+    run_to_end(f"--resume={tmp_path / 'whole'}", "--total_env_steps=2400", cwd=tmp_path, env=cache)
+    check_close(tmp_path / "spread", tmp_path / "whole", rows=None)
 
 
 def test_two_seeds_differ(reference):

@@ -73,6 +73,10 @@ def test_metrics_are_those_of_two_different_seeds_and_the_score_is_that_of_the_r
     assert int(last["train/episodes"]) == 8000 / 20
 
 
+def test_seeds_on_two_devices_train_the_same(reference, cache):
+    SCRIPT.check_seeds_on_devices(reference, cache, "learn")
+
+
 def test_killed_twice_and_resumed_it_ends_with_the_same_metrics(reference, cache):
     SCRIPT.check_kills(reference, cache, shares=(0.2, 0.5))
 

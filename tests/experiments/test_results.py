@@ -39,7 +39,7 @@ def test_the_tables_of_a_page_are_those_of_the_csvs(name):
 
 def test_a_table_that_was_edited_by_hand_is_found_out():
     text = (ROOT / "README.md").read_text()
-    row = figures.demo_table("").splitlines()[-1]
+    row = figures.goals_table("point_u_maze", "").splitlines()[-1]
     edited = text.replace(row, row.replace("[", "[0.0", 1))
     assert edited != text
     assert figures.page(edited, "") == text
@@ -49,7 +49,7 @@ def test_what_stands_between_two_empty_tables_stays():
     spot = "<!-- experiments/figures.py: demo -->\n<!-- end -->"
     written = figures.page(f"{spot}\nbetween\n{spot}\n", "")
     assert written.count("\nbetween\n") == 1
-    assert written.count(figures.demo_table("")) == 2
+    assert written.count(figures.goals_table("point_u_maze", "")) == 2
 
 
 def test_the_readme_has_its_tables_and_no_other_result():

@@ -1,0 +1,34 @@
+"""Runs a script on the devices that XLA_FLAGS makes of the CPU; the last line that it prints are facts of its programs.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=4 python tests/on_devices.py crl --num_seeds=2 ...
+"""
+
+import importlib
+import json
+import re
+import sys
+
+import jax
+
+from shared import run
+
+FACTS = {}
+COLLECTIVE = re.compile(r"\b(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)\b")
+compile_jitted = run.Run.compile_jitted
+
+
+def looked_at(self, name, jitted, *shapes):
+    program = compile_jitted(self, name, jitted, *shapes)
+    places = program.compiled.input_shardings[0][0]
+    leaves = [(x.shape, place.shard_shape(x.shape)) for x, place in zip(*map(jax.tree.leaves, (shapes[0], places)))]
+    FACTS[name] = {
+        "collectives": sorted(set(COLLECTIVE.findall(program.compiled.as_text()))),
+        "reused": program.compiled.memory_analysis().alias_size_in_bytes,
+        "shares": leaves,  # of its first argument: shape, and shape of what a device holds
+    }
+    return program
+
+
+run.Run.compile_jitted = looked_at
+importlib.import_module(f"algorithms.{sys.argv[1]}").main([sys.argv[1], *sys.argv[2:]])
+print(json.dumps(FACTS))
