@@ -16,10 +16,10 @@ FILE is TOML:
     gpus_per_node = 1
     timeout_min = 600
 
-Runs lie in runs/sweeps/, in a folder with the name of FILE. A job that SLURM preempts or that runs out of time saves, is
-put into the queue again and goes on; one that is killed here is started again. The same command goes on with what is
-not done, and trains nothing twice. All evaluations are in sweep.csv there, and sweep.png shows them; `--status` writes
-both too.
+Runs lie in runs/sweeps/, in a folder with the name of FILE. A job that SLURM preempts or that runs out of time saves,
+is put into the queue again and goes on; one that is killed here is started again. The same command goes on with what
+is not done, and trains nothing twice. All evaluations are in sweep.csv there, and sweep.png shows them; `--status`
+writes both too.
 Needs `pip install -e '.[sweep]'`.
 """
 

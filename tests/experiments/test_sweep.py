@@ -1,4 +1,4 @@
-"""experiments/sweep.py as a user runs it: on this machine, with a kill, and with a SLURM that only notes what it hears."""
+"""experiments/sweep.py as a user runs it: on this machine, with a kill, and with a SLURM that only takes notes."""
 
 import os
 import re
