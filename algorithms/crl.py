@@ -193,7 +193,7 @@ class Agent(NamedTuple):
 
 
 def make_agent(config: Config, env: GoalEnv, key: Key[Array, ""]) -> Agent:
-    actor_key, phi_key, psi_key = jax.random.split(key, 3)
+    actor_key, phi_key, psi_key, torso_key, pair_key = jax.random.split(key, 5)
     state, action, goal = env.observation_size, env.action_size, len(env.goal_indices)
     critic_depth = config.critic_depth or config.depth
 
@@ -202,7 +202,6 @@ def make_agent(config: Config, env: GoalEnv, key: Key[Array, ""]) -> Agent:
 
     torso, pair = eqx.nn.Identity(), state + goal
     if env.image_shape:
-        torso_key, pair_key = jax.random.split(jax.random.fold_in(key, 0))
         torso = AtariTorso(env.image_shape, 1, config.image_channels, torso_key)
         pair_torso = AtariTorso(env.image_shape, 2, config.image_channels, pair_key)
         state = goal = pair = torso.size

@@ -90,7 +90,7 @@ class Config(run.RunConfig):
 
 def settle(config: Config) -> Config:
     """With OGBench's settings where none are given. UserError if mixed_loss has nothing to mix."""
-    explore, stitch = "explore" in config.data, "stitch" in config.data
+    explore, stitch = (kind in Path(config.data).name for kind in ("explore", "stitch"))
     usual = {"crl": (0.03, 0.1, 0.003), "qrl": (0.0003, 0.003, 0.001), "gcbc": (1.0, 1.0, 1.0)}[config.agent]
     weight = usual[2 if explore else config.env.startswith("antmaze")] if config.bc_weight is None else config.bc_weight
     anywhere = 0.0 if config.agent == "gcbc" else 1.0 if explore else 0.5 * stitch

@@ -857,7 +857,8 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
     while log.going(state):
         rollout = jax.block_until_ready(collect_rollout(state))
         state, metrics = learn_rollout(state, *rollout)
-        if auxiliary_losses(config) and state.env_steps[0] // rollout_steps(config) % config.auxiliary_every == 0:
+        rollouts = int(run.one_seed(state.env_steps)) // rollout_steps(config)
+        if auxiliary_losses(config) and rollouts % config.auxiliary_every == 0:
             phase = partial(distil, config, programs, log.progress.show)
             phases = [phase(run.one_seed(state, i)) for i in range(config.num_seeds)]
             after, auxiliary = jax.tree.map(lambda *seeds: jnp.stack(seeds), *phases)

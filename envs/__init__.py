@@ -163,11 +163,11 @@ def _class_and_arguments(name: str) -> tuple[str, dict[str, Any]]:
     without_maze = IN_THE_OPEN | OGBENCH | WITH_ACHIEVEMENTS | FAMILIES | METAWORLD
     if name in without_maze:
         return without_maze[name]
-    if robot == "point" and name.endswith(PIXELS):
-        _, arguments = _class_and_arguments(name.removesuffix(PIXELS))
-        return "envs.point.PointMazePixels", arguments
     if robot and (name in names() or "_gen_" in name):
-        return IN_MAZES[robot], {"layout": name.removeprefix(f"{robot}_")}
+        layout = name.removeprefix(f"{robot}_")
+        if robot == "point" and layout.endswith(PIXELS):
+            return "envs.point.PointMazePixels", {"layout": layout.removesuffix(PIXELS)}
+        return IN_MAZES[robot], {"layout": layout}
     near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
     listed = f"{', '.join(without_maze)}, and {', '.join(IN_MAZES)} with a maze: {', '.join(mazes.DRAWINGS)}"
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {listed}"

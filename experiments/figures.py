@@ -261,6 +261,11 @@ def read(name: str) -> dict[str, np.ndarray]:
     return columns
 
 
+def clock(name: str) -> str:
+    """What `env_steps` of `read` are in this CSV."""
+    return "environment steps" if "env_steps" in lines(name.partition("::")[0])[1][0] else "gradient steps"
+
+
 def made(name: str) -> dict:
     """How the run in results/NAME.csv was made: command, commit, versions, device."""
     return json.loads(lines(name)[0][0])
@@ -343,7 +348,7 @@ def draw_curves(shown: Figure) -> bytes:
             row.append(axis)
             for label, file in curves.items():
                 plot(axis, read(file), metric, label)
-            axis.set(title=panel if len(panels) > 1 else title, xlabel="environment steps")
+            axis.set(title=panel if len(panels) > 1 else title, xlabel=clock(next(iter(curves.values()))))
             axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
             axis.grid(alpha=0.3)
         lowest = min(line.get_ydata().min() for axis in row for line in axis.lines)

@@ -56,6 +56,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from annotated_types import Ge, Gt, Interval
+from jax.experimental import multihost_utils
 from jaxtyping import Key
 
 import envs
@@ -69,7 +70,7 @@ PACKAGES = (
 CHECKPOINTS_KEPT = 2
 TIMING_COLUMNS = ("seconds", "compile_seconds", "env_steps_per_second", "gradient_steps_per_second")
 """The columns of metrics.csv that differ between two runs of one command on one machine."""
-UNTOLD = ("seed", "run_dir", "devices", "tensorboard", "wandb")
+UNTOLD = ("seed", "run_dir", "devices", "processes", "tensorboard", "wandb")
 """Settings that do not tell what a run is."""
 
 
@@ -137,7 +138,9 @@ class RunConfig:
     env_options: str = ""
     """Options of the environment (envs/README.md): 'name=value,name=value'."""
     devices: Annotated[int, Ge(0)] = 0
-    """Devices that the seeds are spread over, or the environments of one seed (crl.py); 0: all, if they divide them."""
+    """Devices that the seeds are spread over, or the environments of one seed (crl.py); 0: as many as divide them."""
+    processes: Count = 1
+    """Processes that are this run together, on one or more machines; all are started with the same flags (README)."""
     matmul_precision: Literal["default", "float32", "tensorfloat32", "bfloat16"] | None = None
     """Precision of float32 matrix products in networks and losses. Without it JAX_DEFAULT_MATMUL_PRECISION holds, else
     JAX's default: float32 on a CPU, tensorfloat32 on most GPUs. Physics always has float32."""
@@ -192,8 +195,22 @@ def configure(config_class, recipes: dict[str, str], description: str | None, ar
     for name, annotation in _annotations(config_class).items():
         if name in settings:
             _check_range(name, annotation, settings[name])
+    if settings.get("processes", 1) > 1:
+        _join(settings["processes"])
     _check_jax()
     return config_class(**settings)
+
+
+def _join(processes):
+    """Makes this process one of several; UserError if nothing says which."""
+    address, index = (os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "PROCESS_ID"))
+    known = {"coordinator_address": address, "num_processes": processes, "process_id": int(index)} if index else {}
+    try:
+        jax.distributed.initialize(**known)  # SLURM, MPI and Kubernetes say it themselves
+    except (ValueError, RuntimeError) as error:
+        said = "set JAX_COORDINATOR_ADDRESS=host:port and JAX_PROCESS_ID, or start it by srun or mpirun"
+        raise UserError(f"processes is {processes}, and nothing says which this is; {said} ({error})") from None
+    need(jax.process_count() == processes, f"processes is {processes}; {jax.process_count()} were started")
 
 
 def _check_jax():
@@ -318,12 +335,12 @@ def _resumed(config_class, given: dict) -> dict:
             f"cannot go on to {given[name]}; start a new run"
         )
     for flag, value in given.items():
-        if value != saved[flag] and flag != "devices" and not (more and flag == name):
+        if value != saved[flag] and flag not in ("devices", "processes") and not (more and flag == name):
             raise UserError(
                 f"--{flag}={value} disagrees with the run in {folder}, which has {saved[flag]}; "
                 "drop the flag, or start a new run"
             )
-    return saved | given
+    return saved | {"processes": 1} | given
 
 
 def _kind(annotation) -> tuple[typing.Any, dict]:
@@ -436,6 +453,12 @@ class Progress:
         say(sys.stderr, CLEAR + text[: width - 1] if self._live else text + "\n")
 
 
+class Silence:
+    """The progress of a process for which another one speaks."""
+
+    show = print = close = lambda self, *_: None
+
+
 # ---- the run folder -----------------------------------------------------------------------------------------------
 
 
@@ -491,29 +514,37 @@ class Run:
         self, config, algorithm: str, recipes: dict[str, str], scores: Scores, unsaved=(), worlds=(), environments=None
     ):
         use_precision(config)
-        self._environments, self._mesh, self._clock = environments or {}, _mesh(config, environments), clock(config)
+        self._leads = jax.process_index() == 0  # of several processes one writes and speaks
+        self._environments, self._clock = environments or {}, clock(config)
+        self._mesh = _mesh(config, environments, all(getattr(world, "in_jax", True) for world in worlds))
         self._split = self._mesh and self._mesh.axis_names[0]
         self._step, self._total = self._clock.replace("_steps", " step"), getattr(config, f"total_{self._clock}")
         self.config, self.recipes, self.scores, self._worlds = config, recipes, scores, worlds
-        self.stopping, self.compile_seconds, self.steps, self.seeds = None, 0.0, {}, _seed_keys(config)
+        self.stopping, self.compile_seconds, self.steps = None, 0.0, {}
+        self.seeds = _seed_keys(config)
+        if self._mesh:
+            self.seeds = jax.jit(lambda: _seed_keys(config), out_shardings=self._places(self.seeds))()
         self._unsaved, self.columns, self._score, self._sinks = dict.fromkeys(unsaved), [], "", []
         self._unwritten, self._broken, self._latest = "", 0, None
         try:
-            self.folder = _open_folder(config, algorithm, recipes)
-            self._lock = _lock(self.folder)
-            try:
-                self._since_last_start = _write_facts(self.folder / "config.json", config, recipes)
-                self._sinks += _sinks(config, self.folder)
-            except BaseException:
-                self._end(failed=True)
-                raise
+            if self._leads:
+                self.folder = _open_folder(config, algorithm, recipes)
+                self._lock = _lock(self.folder)
+                try:
+                    self._since_last_start = _write_facts(self.folder / "config.json", config, recipes)
+                    self._sinks += _sinks(config, self.folder)
+                except BaseException:
+                    self._end(failed=True)
+                    raise
+            else:
+                self.folder, self._since_last_start = Path(config.resume or config.run_dir), []
         except OSError as error:
             folder = config.resume or config.run_dir or "runs"
             raise UserError(f"cannot write run folder {folder}: {error.strerror}; choose a --run_dir") from None
         self._earlier_seconds, self._started = 0.0, time.monotonic()
         self._first_step = self._last_step = None
         self._saved_at, self._told = None, datetime.timedelta()
-        self.progress = Progress()
+        self.progress = Progress() if self._leads else Silence()
 
     def __enter__(self):
         hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]  # nohup ignores it
@@ -547,6 +578,8 @@ class Run:
 
     def _end(self, failed):
         """Gives the folder up; a run that failed before its first checkpoint leaves its name free."""
+        if not self._leads:
+            return
         for sink in self._sinks:
             with contextlib.suppress(Exception):  # of any kind that these packages have
                 sink.close()
@@ -576,6 +609,8 @@ class Run:
 
     def draw(self, what: str, function, *args, **kwargs) -> None:
         """Calls a function that draws a picture and returns its path. One that cannot be written does not end a run."""
+        if not self._leads:
+            return
         self.progress.show(f"drawing the {what}")
         try:
             path = function(*args, **kwargs)
@@ -687,7 +722,7 @@ class Run:
                     self.print(f"checkpoint {path} is damaged; falling back to the one before it")
                     continue
                 state = _read_state(file, like._replace(**self._unsaved))
-            for damaged in paths[: paths.index(path)]:
+            for damaged in paths[: paths.index(path)] if self._leads else ():
                 damaged.replace(damaged.with_suffix(".damaged"))
             self._earlier_seconds = header["seconds"]
             self.compile_seconds += header["compile_seconds"]
@@ -718,6 +753,9 @@ class Run:
             self._first_step = self._last_step = (self.steps[self._clock], self.seconds)
             if self._saved_at is None:
                 self.save(state)
+        if jax.process_count() > 1:  # asked one, asked all
+            asked = multihost_utils.process_allgather(np.array(self.stopping or 0)).max()
+            self.stopping = signal.Signals(asked) if asked else None
         if self.stopping:
             self.save(state)
             self.exit_if_stopping()
@@ -758,7 +796,7 @@ class Run:
         Raises:
           UserError: a metric `train/...loss` or a parameter of `state.agent` is NaN or infinite.
         """
-        before, self.steps = self.steps, _count(state)
+        before, self.steps, metrics = self.steps, _count(state), whole(metrics)
         with np.errstate(invalid="ignore"):  # 0 / 0 is unknown: NaN
             metrics = {name: np.divide(*x) if type(x) is tuple else np.asarray(x) for name, x in metrics.items()}
         self._check_finite(before, state, metrics)
@@ -803,6 +841,9 @@ class Run:
         raise UserError(f"{what}; training stopped, the last good checkpoint is kept. Try lower learning rates anew")
 
     def _write_row(self, metrics):
+        if not self._leads:
+            self._last_step = self.steps[self._clock], self.seconds
+            return
         now, last = (self.steps[self._clock], self.seconds), self._last_step
         self._last_step = now
         times = (self.seconds, self.compile_seconds, (now[0] - last[0]) / (now[1] - last[1]))
@@ -852,6 +893,10 @@ class Run:
         steps = _count(state)
         if self._saved_at == steps[self._clock]:
             return
+        state = jax.tree.map(_plain, whole(state._replace(**self._unsaved)))
+        if not self._leads:
+            self._saved_at = steps[self._clock]
+            return
         header = {"steps": steps, "seconds": self.seconds, "compile_seconds": self.compile_seconds, "sha256": "0" * 64}
         path = self.folder / "checkpoints" / f"{steps[self._clock]:012d}.eqx"
         partial = path.with_suffix(".partial")
@@ -859,7 +904,7 @@ class Run:
             with partial.open("wb") as file:
                 file.write(json.dumps(header).encode() + b"\n")
                 hashing = _Hashing(file, header)
-                eqx.tree_serialise_leaves(hashing, jax.tree.map(_plain, state._replace(**self._unsaved)))
+                eqx.tree_serialise_leaves(hashing, state)
                 file.seek(0)
                 file.write(json.dumps({**header, "sha256": hashing.digest()}).encode() + b"\n")
                 file.flush()
@@ -873,6 +918,8 @@ class Run:
             old.unlink()
 
     def _cut_metrics(self, steps):
+        if not self._leads:
+            return
         path = self.folder / "metrics.csv"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         if not lines or not lines[0].endswith("\n"):  # killed while the header was written
@@ -931,7 +978,21 @@ def over_seeds(num_seeds: int, function):
 def one_seed(tree, i: int = 0):
     """Of arrays with a leading axis of seeds, those of the i-th; on one device."""
     spread = lambda x: not isinstance(x, jax.core.Tracer) and len(x.devices()) > 1
-    return jax.tree.map(lambda x: jax.device_put(x[i], jax.devices()[0]) if spread(x) else x[i], tree)
+    here = lambda x: jax.device_put(x, jax.local_devices()[0])
+    return jax.tree.map(lambda x: here(whole(x)[i]) if spread(x) else x[i], tree)
+
+
+def whole(tree):
+    """Arrays that are spread over several processes, each whole in this one; all call this at the same time."""
+
+    def gather(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return x
+        if _is_key(x):
+            return jax.random.wrap_key_data(gather(jax.random.key_data(x)))
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(gather, tree)
 
 
 def use_precision(config) -> None:
@@ -969,14 +1030,17 @@ def commit(script: str | Path | None = None) -> str:
 # ---- helpers ------------------------------------------------------------------------------------------------------
 
 
-def _mesh(config, environments) -> jax.sharding.Mesh | None:
-    """The devices that seeds, or the environments of one seed, are spread over; None where it is one. UserError if
-    there are not so many as were asked for, or they do not divide them."""
+def _mesh(config, environments, in_jax: bool) -> jax.sharding.Mesh | None:
+    """The devices that seeds, or the environments of one seed, are spread over; None where it is one, as for worlds
+    outside of JAX. UserError if there are not so many as were asked for, or they do not divide them."""
     split = "environments" if config.num_seeds == 1 and environments else "seeds"
-    there, parts = len(jax.devices()), config.num_envs if split == "environments" else config.num_seeds
+    there, parts = len(jax.devices()) if in_jax else 1, config.num_envs if split == "environments" else config.num_seeds
     fit = [number for number in range(1, there + 1) if parts % number == 0]
     number = config.devices or fit[-1]
-    need(number <= there, f"devices is {number}; there are {there}")
+    need(number <= there, f"devices is {number}; {config.env} can have {there} here")
+    if config.processes > 1:
+        need(parts % there == 0, f"{there} devices of {config.processes} processes do not divide the {parts} {split}")
+        number = there
     nearest = min(fit, key=lambda each: abs(each - number))
     need(number in fit, f"devices is {number}, which does not divide the {parts} {split}; the nearest is {nearest}")
     return jax.make_mesh((number,), (split,), (jax.sharding.AxisType.Auto,)) if number > 1 else None
@@ -1000,7 +1064,8 @@ def all_finite(tree) -> jax.Array:
 
 def _count(state) -> dict[str, int]:
     """The step counts of a state, which are those of each of its seeds."""
-    return {name: int(np.asarray(value)[0]) for name, value in state._asdict().items() if name.endswith("_steps")}
+    counts = {name: value for name, value in state._asdict().items() if name.endswith("_steps")}
+    return {name: int(np.asarray(value)[0]) for name, value in whole(counts).items()}
 
 
 def _open_folder(config, algorithm, recipes) -> Path:

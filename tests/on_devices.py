@@ -14,6 +14,7 @@ from shared import run
 
 FACTS = {}
 COLLECTIVE = re.compile(r"\b(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)\b")
+GATHERED = re.compile(r"= \w+\[([\d,]+)\]\S* all-gather\(")
 compile_jitted = run.Run.compile_jitted
 
 
@@ -22,6 +23,7 @@ def looked_at(self, name, jitted, *shapes):
     places = program.compiled.input_shardings[0][0]
     leaves = [(x.shape, place.shard_shape(x.shape)) for x, place in zip(*map(jax.tree.leaves, (shapes[0], places)))]
     FACTS[name] = {
+        "gathered": [[*map(int, dims.split(","))] for dims in GATHERED.findall(program.compiled.as_text())],
         "collectives": sorted(set(COLLECTIVE.findall(program.compiled.as_text()))),
         "reused": program.compiled.memory_analysis().alias_size_in_bytes,
         "shares": leaves,  # of its first argument: shape, and shape of what a device holds

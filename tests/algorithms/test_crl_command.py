@@ -1,8 +1,13 @@
 """crl.py as a user runs it: killed, resumed, stopped, gone wrong. Tiny settings, real processes."""
 
+import math
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
+import time
 from functools import partial
 
 import jax
@@ -67,6 +72,8 @@ def test_environments_of_one_seed_on_four_devices_train_the_same(tmp_path, cache
     shares = [(shape, share) for shape, share in facts["learn"]["shares"] if shape[1:3] == [60, 8]]
     assert len(shares) > 4 and all(share[2] == 2 for _, share in shares), "each device has its part of the replay"
     assert "all-reduce" in facts["learn"]["collectives"], "of the gradients"
+    assert max(math.prod(shape) for shape in facts["learn"]["gathered"]) < 60 * 8, "never the replay"
+    assert facts["collect"]["reused"] > 0 and facts["learn"]["reused"] > 0
     check_close(tmp_path / "spread", tmp_path / "whole")
     # and on one device from where four had come
     run_to_end(f"--resume={tmp_path / 'spread'}", "--devices=1", "--total_env_steps=2400", cwd=tmp_path, env=cache)
@@ -107,6 +114,37 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(t
     done = run_to_end(*flags, cwd=tmp_path, code=2, env=cache)
     assert re.search(r"^error: (train/\w+_loss is|a parameter is not) .* gradient step \d+", done.stderr, re.MULTILINE)
     assert list((tmp_path / "r" / "checkpoints").glob("*.eqx"))
+
+
+def test_two_processes_are_one_run_that_one_can_go_on_with(reference, cache):
+    folder, flags, _ = reference
+    flags = [*flags, "--processes=2", f"--run_dir={folder / 'two'}"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    variables = [{**SCRIPT.env, **cache, "JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(i)} for i in (0, 1)]
+    options = {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([sys.executable, SCRIPT.path, *flags], env=env, **options) for env in variables]
+    rows = folder / "two" / "metrics.csv"
+    deadline = time.monotonic() + 300
+    while not rows.exists() or len(metrics(folder / "two")) < 40:
+        assert both[0].poll() is None, both[0].stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    for process in both:
+        process.kill()
+    (out, _), (other_out, _) = (process.communicate() for process in both)
+    assert "seeds over 2 devices" in out and other_out == ""
+    check_close(folder / "two", folder / "whole")
+    run_to_end(f"--resume={folder / 'two'}", cwd=folder, env=cache)
+    assert [row["env_steps"] for row in metrics(folder / "two")] == [r["env_steps"] for r in metrics(folder / "whole")]
+    check_close(folder / "two", folder / "whole")
+
+
+def test_a_process_that_nothing_tells_who_it_is_says_so(tmp_path):
+    done = run_to_end("--processes=2", cwd=tmp_path, code=2)
+    assert re.search("^error: processes is 2, and nothing says which this is; set JAX_COORDINATOR_ADDRESS", done.stderr)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loaded_agent_is_the_runs(reference):

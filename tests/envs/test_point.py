@@ -245,6 +245,13 @@ def test_pixels_are_the_same_task(tmp_path):
     np.testing.assert_allclose(seen.position(goal), jax.vmap(env.sample_goal)(keys), atol=0.007)
     assert envs.far_goals("point_u4_maze_pixels") == "point_u4_maze_eval_pixels"
     assert "point_big_maze_pixels" in envs.names()
+    assert envs.make("point_u_maze_gen_1f2f3f_pixels").maze.name == "u_maze_gen_1f2f3f"
+
+
+@pytest.mark.parametrize("name", ["point_goal_pixels", "point_u_maze_pixels_pixels", "point_nonsense_pixels"])
+def test_there_are_no_other_pixels(name):
+    with pytest.raises(ValueError, match=f"unknown environment '{name}'; did you mean"):
+        envs.make_kind(name, envs.GoalEnv)
 
 
 def test_a_film_of_pixels_has_the_goal_beside_the_observation(tmp_path):
