@@ -77,8 +77,8 @@ def _equal_steps() -> dict[str, str]:
 
 
 def _offline(env: str, flags: str, width: int = 128) -> str:
-    small = f"--num_seeds 3 --width {width} --latent_size 64 --batch_size 256 --total_gradient_steps 15_000"
-    return f"crl_offline.py --env {env} {flags} {small} --chunk 500 --eval_every 1500 --checkpoint_every 1500"
+    small = f"--num_seeds 3 --width {width} --latent_size 64 --batch_size 256 --total_gradient_steps 10_000"
+    return f"crl_offline.py --env {env} {flags} {small} --chunk 500 --eval_every 1000 --checkpoint_every 1000"
 
 
 RUNS = {
