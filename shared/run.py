@@ -481,7 +481,7 @@ class Program(NamedTuple):
     """How its arguments lie on several devices."""
 
     def __call__(self, *args):
-        return self.compiled(*(jax.device_put(args, self.places) if self.places else args))
+        return self.compiled(*(jax.tree.map(_put, args, self.places) if self.places else args))
 
 
 class Run:
@@ -1173,6 +1173,15 @@ class _Hashing:
 
 def _header_hash(header):
     return hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "sha256"}).encode())
+
+
+def _put(x, place):
+    """An array where it is wanted; as it is, if it is there."""
+    if x.sharding.is_equivalent_to(place, x.ndim):
+        return x
+    if _is_key(x):
+        return jax.random.wrap_key_data(jax.device_put(jax.random.key_data(x), place))
+    return jax.device_put(x, place)
 
 
 def _is_key(leaf):

@@ -1,6 +1,5 @@
 """crl.py as a user runs it: killed, resumed, stopped, gone wrong. Tiny settings, real processes."""
 
-import math
 import os
 import re
 import signal
@@ -72,7 +71,8 @@ def test_environments_of_one_seed_on_four_devices_train_the_same(tmp_path, cache
     shares = [(shape, share) for shape, share in facts["learn"]["shares"] if shape[1:3] == [60, 8]]
     assert len(shares) > 4 and all(share[2] == 2 for _, share in shares), "each device has its part of the replay"
     assert "all-reduce" in facts["learn"]["collectives"], "of the gradients"
-    assert max(math.prod(shape) for shape in facts["learn"]["gathered"]) < 60 * 8, "never the replay"
+    assert not any(60 in shape for shape in facts["learn"]["gathered"]), "never the replay"
+    assert any(16 in shape for shape in facts["learn"]["gathered"]), "but parts of the batch"
     assert facts["collect"]["reused"] > 0 and facts["learn"]["reused"] > 0
     check_close(tmp_path / "spread", tmp_path / "whole")
     # and on one device from where four had come
@@ -134,7 +134,7 @@ def test_two_processes_are_one_run_that_one_can_go_on_with(reference, cache):
     for process in both:
         process.kill()
     (out, _), (other_out, _) = (process.communicate() for process in both)
-    assert "seeds over 2 devices" in out and other_out == ""
+    assert "seeds over 2 devices" in out and "run folder" not in other_out
     check_close(folder / "two", folder / "whole")
     run_to_end(f"--resume={folder / 'two'}", cwd=folder, env=cache)
     assert [row["env_steps"] for row in metrics(folder / "two")] == [r["env_steps"] for r in metrics(folder / "whole")]
