@@ -163,7 +163,7 @@ FIGURES = {
         },
         {"ant": {"episodes that reach their goal": "ant"}},
     ),
-    "point_pixels": Figure(evaluation.SCORES.curves, {"u": {"from images": "point_u_maze_pixels"}}),
+    "point_pixels": Figure(SUCCESS, {"u": {"from images": "point_u_maze_pixels"}}),
     "offline": Figure(
         {"eval/success": "episodes that reach their goal"},
         {
