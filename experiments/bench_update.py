@@ -288,8 +288,8 @@ def variant(name: str, **sizes):
 def gradients(name: str, state: crl.TrainState):
     """Adam's first moments of actor, phi and psi after a first step: a tenth of the gradients."""
     moments = lambda part: optax.tree_utils.tree_get(state.optimizer.inner_states[part], "mu")
-    actor = moments("actor").actor
-    return actor if isinstance(VARIANTS[name][0], Way) else (actor, *moments("critic").critic)
+    actor, critic = moments("actor").actor, moments("critic").critic
+    return actor if isinstance(VARIANTS[name][0], Way) else (actor, critic.phi, critic.psi)
 
 
 def check(name: str, state: crl.TrainState, reference: crl.TrainState) -> None:
