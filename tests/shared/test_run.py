@@ -891,3 +891,20 @@ def test_the_commit_tells_of_changed_code_and_not_of_results(tmp_path, monkeypat
         assert re.fullmatch(f"[0-9a-f]{{40}}{changes}", run.commit(tmp_path / script)), script
     (tmp_path / "experiments/a.py").write_text("after")
     assert re.fullmatch(r"[0-9a-f]{40}\+changes", run.commit())
+
+
+@pytest.mark.parametrize(
+    ("devices", "seeds", "environments", "complaint"),
+    [
+        (5, 4, None, "devices is 5; point_u_maze can have 4 here"),
+        (3, 4, None, "devices is 3, which does not divide the 4 seeds; the nearest is 2"),
+        (2, 9, None, "devices is 2, which does not divide the 9 seeds; the nearest is 1"),
+        (4, 1, {"envs": 0}, "devices is 4, which does not divide the 6 environments; the nearest is 3"),
+        (2, 1, None, "devices is 2, which does not divide the 1 seeds; the nearest is 1"),
+    ],
+)
+def test_devices_that_cannot_be_are_refused_in_one_line(monkeypatch, devices, seeds, environments, complaint):
+    monkeypatch.setattr(jax, "devices", lambda: [None] * 4)
+    config = SimpleNamespace(devices=devices, num_seeds=seeds, num_envs=6, processes=1, env="point_u_maze")
+    with pytest.raises(run.UserError, match=f"^{complaint}$"):
+        run._mesh(config, environments, in_jax=True)
