@@ -491,7 +491,7 @@ def main(argv: list[str] | None = None) -> None:
     buffer.check(config)
     env, far_env = evaluation.make_envs(config, images=True)
     unsaved = () if config.checkpoint_replay else ("replay",)
-    environments = {"replay": 1, "envs": 0}  # the axis of those, which several devices share
+    environments = {"replay": 1, "envs": 0}  # field of the state -> its axis of environments, for several devices
     with run.Run(config, "crl", RECIPES, evaluation.SCORES, unsaved, environments=environments) as log:
         agent = train(config, env, far_env, log)
         critic = partial(value, config, agent)

@@ -91,6 +91,7 @@ class Config(run.RunConfig):
 def settle(config: Config) -> Config:
     """With OGBench's settings where none are given. UserError if mixed_loss has nothing to mix."""
     explore, stitch = (kind in Path(config.data).name for kind in ("explore", "stitch"))
+    # in point mazes, in ant mazes, and where the ant explored
     usual = {"crl": (0.03, 0.1, 0.003), "qrl": (0.0003, 0.003, 0.001), "gcbc": (1.0, 1.0, 1.0)}[config.agent]
     weight = usual[2 if explore else config.env.startswith("antmaze")] if config.bc_weight is None else config.bc_weight
     anywhere = 0.0 if config.agent == "gcbc" else 1.0 if explore else 0.5 * stitch
@@ -197,10 +198,10 @@ def distance(
     """QRL's d(x, y), an interval quasimetric (Wang and Isola 2022): in groups of 8, the length of the union of the
     intervals [x_k, y_k]; then a learned mixture of the groups' mean and maximum."""
     low, high = (z.reshape(*z.shape[:-1], -1, 8) for z in (x, jnp.maximum(x, y)))
-    index = jnp.arange(8)
-    begins = low[..., None, :] < low[..., None]  # of two intervals (k, j), j before k; of two at once, the first
-    begins |= (low[..., None, :] == low[..., None]) & (index < index[:, None])
-    covered = jnp.max(high[..., None, :], axis=-1, initial=-jnp.inf, where=begins)
+    # [..., k, j]: interval j begins before interval k, or with it and has the lower number
+    before = low[..., None, :] < low[..., None]
+    before |= (low[..., None, :] == low[..., None]) & jnp.tri(8, k=-1, dtype=bool)
+    covered = jnp.max(high[..., None, :], axis=-1, initial=-jnp.inf, where=before)
     length = jnp.maximum(high - jnp.maximum(low, covered), 0).sum(axis=-1)
     share = jax.nn.sigmoid(agent.scalars[0])
     return share * length.mean(axis=-1) + (1 - share) * length.max(axis=-1)

@@ -27,8 +27,7 @@ from algorithms import crl
 from shared import evaluation, pictures, run
 
 RESULTS = Path(__file__).parent.parent / "results"
-WITH_TABLES = ("crl", "sac", "ppo_ad", "cocoa")
-PAGES = ("README.md", "envs/README.md", *(f"algorithms/{name}.md" for name in WITH_TABLES))
+PAGES = ("README.md", "envs/README.md", *(f"algorithms/{name}.md" for name in ("crl", "sac", "ppo_ad", "cocoa")))
 
 
 class Figure(NamedTuple):

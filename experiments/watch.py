@@ -23,10 +23,7 @@ from shared import run
 
 METRICS = ("eval/success_any", "eval/score", "eval/return_adapted")
 """What is shown without --metric: the first one that the runs have."""
-NOT_COMPARED = (
-    *("seed", "num_seeds", "run_dir", "resume", "total_env_steps", "total_gradient_steps", "devices", "tensorboard"),
-    "wandb",
-)
+NOT_COMPARED = (*run.UNTOLD, "num_seeds", "resume", "total_env_steps", "total_gradient_steps")
 """Settings that may differ within a curve."""
 
 

@@ -37,7 +37,8 @@ def make_envs(config, images: bool = False) -> tuple[GoalEnv, GoalEnv | None]:
     """The environment `env`, and the one with its far goals: `eval_env`, or by default that of the same name, if any.
 
     Raises:
-      UserError: no such environments, or they differ in more than their goals, or have images where none are taken.
+      UserError: no such environments, or they differ in more than their goals, have images where none are taken, or
+        other processes step them.
     """
     env = run.make_env(config.env, GoalEnv, config.env_options)
     run.need(images or env.image_shape is None, f"{config.env} has images to look at; only crl.py takes those")

@@ -640,7 +640,7 @@ class Run:
             return tree._replace(**{field: self._places(value, field) for field, value in tree._asdict().items()})
         if type(tree) is tuple and not name:
             return tuple(map(self._places, tree))
-        axis = 0 if self._split == "seeds" else 1 + self._environments.get(name, 99)
+        axis = 0 if self._split == "seeds" else 1 + self._environments.get(name, math.inf)
         spec = lambda x: jax.P(*[None] * axis, self._split) if axis < x.ndim else jax.P()
         return jax.tree.map(lambda x: jax.NamedSharding(self._mesh, spec(x)), tree)
 
