@@ -233,9 +233,7 @@ def unit(x: Vectors) -> Vectors:
     return jnp.where(zero, 0, x / jnp.sqrt(jnp.where(zero, 1, squared)))
 
 
-def represent(
-    config: Config, before: Float[Array, "*batch latent"], after: Float[Array, "*batch latent"]
-) -> Float[Array, "*batch latent"]:
+def represent(config: Config, before: Vectors, after: Vectors) -> Vectors:
     """What stands for an achievement that was unlocked between two latent states, a unit vector."""
     return unit(after - before if config.achievement == "change" else after)
 
@@ -718,8 +716,7 @@ METRICS = ("loss", "accuracy", "policy_divergence", "value_error")
 
 def auxiliary_losses(config: Config) -> dict:
     """Name -> (minibatches, loss), in the order of their passes. Without any there is no auxiliary phase."""
-    wanted = {"matching": config.matching, "prediction": config.prediction}
-    return {name: both for name, both in AUXILIARY.items() if config.distill and wanted[name]}
+    return {name: both for name, both in AUXILIARY.items() if config.distill and getattr(config, name)}
 
 
 def distil(config: Config, programs: dict, show, state: TrainState) -> tuple[TrainState, dict]:
@@ -845,8 +842,7 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
     learn_rollout = log.compile("learn", partial(learn, config), shapes, *collect_rollout.output, donate=True)
     score = log.compile("evaluate", partial(evaluate, config, eval_vector), shapes.agent, log.seeds)
     if auxiliary_losses(config):
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
-        programs = compile_phase(config, log.compile_jitted, one)
+        programs = compile_phase(config, log.compile_jitted, jax.eval_shape(run.one_seed, shapes))
         log.columns += ["auxiliary/episodes", "auxiliary/achievements"]
         log.columns += [f"auxiliary/{name}_{x}" for name in auxiliary_losses(config) for x in ("steps", *METRICS)]
     if state is None:
@@ -870,9 +866,6 @@ def train(config: Config, vector: VectorEnv, eval_vector: VectorEnv, log: run.Ru
     return run.one_seed(state.agent)
 
 
-FILM_EPISODES, FILM_STEPS = 4, 500
-
-
 def draw(config: Config, vector: VectorEnv, agent: Agent, log: run.Run) -> None:
     """All figures of a finished run."""
     log.draw("learning curve", pictures.draw_curve, log.folder, SCORES)
@@ -884,15 +877,15 @@ def draw(config: Config, vector: VectorEnv, agent: Agent, log: run.Run) -> None:
     log.draw("policy", pictures.film_first_episodes, vector.env, states, done, str(log.folder / "rollout"))
 
 
-def record_episodes(config: Config, vector: VectorEnv, agent: Agent, key: Key[Array, ""]):
+def record_episodes(config: Config, vector: VectorEnv, agent: Agent, key: Key[Array, ""], episodes=4, steps=500):
     """States (time, episodes, ...) of the first environments of `vector`, and which steps ended an episode."""
     start_key, key = jax.random.split(key)
 
     def body(acting, key):
         after, taken = step(config, vector, agent, Normaliser(*jnp.zeros(3)), acting, key)
-        return after, jax.tree.map(lambda x: x[:FILM_EPISODES], (acting.envs.env, taken.done))
+        return after, jax.tree.map(lambda x: x[:episodes], (acting.envs.env, taken.done))
 
-    keys = jax.random.split(key, min(config.episode_length, FILM_STEPS))
+    keys = jax.random.split(key, min(config.episode_length, steps))
     return jax.lax.scan(body, start_acting(config, vector, agent, start_key), keys)[1]
 
 
