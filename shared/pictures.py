@@ -108,15 +108,20 @@ def value_map(env: GoalEnv, value: Callable, goals: Float[jax.Array, "goals 2"],
     x, y = ((np.arange(n * cells) + 0.5) / cells - 0.5 for n in maze.is_wall.shape)
     points = np.stack(np.meshgrid(x, y), axis=-1)
     places = maze.at(points)
-
-    def values_of_row(goal, row):
-        placed = jax.vmap(env.place, (0, None))(row, goal)
-        return value(placed.observation, placed.goal)
-
-    rows = jnp.asarray(places)  # one after another, because images of all places at once are gigabytes
-    maps = jax.jit(lambda goals: jax.lax.map(lambda goal: jax.lax.map(partial(values_of_row, goal), rows), goals))
     walls = maze.is_wall[tuple(np.moveaxis(np.round(points).astype(int), -1, 0))]
-    return places[0, :, 0], places[:, 0, 1], np.where(walls, np.nan, maps(goals))
+    free = jnp.asarray(places[~walls])
+
+    @jax.jit
+    def values(goal):
+        def at(place):
+            placed = env.place(place, goal)
+            return value(placed.observation[None], placed.goal[None])[0]
+
+        return jax.lax.map(at, free, batch_size=64)  # because images of all places at once are gigabytes
+
+    maps = np.full((len(goals), *walls.shape), np.nan)
+    maps[:, ~walls] = [values(goal) for goal in goals]
+    return places[0, :, 0], places[:, 0, 1], maps
 
 
 def draw_value_map(env: GoalEnv, goals, x, y, maps, path) -> Path:
