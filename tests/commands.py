@@ -49,29 +49,30 @@ class Script:
         """
         return self.interfered(lambda process: process.send_signal(number), folder, flags, cwd, rows, env)
 
-    def check_kills(self, reference, cache, shares):
-        """Kills a run at these shares of its rows, resuming in between: it ends with the metrics of the reference (a
-        folder with a run `whole`, its flags, anything)."""
-        folder, flags, _ = reference
-        killed, total = folder / "killed", len(metrics(folder / "whole"))
-        for i, share in enumerate(shares):
-            again = [f"--resume={killed}"] if i else [*flags, f"--run_dir={killed}"]
-            *_, code = self.signalled(signal.SIGKILL, killed, again, folder, total * share, cache)
-            assert code == -signal.SIGKILL and len(metrics(killed)) < total
-        self.run(f"--resume={killed}", cwd=folder)  # compiled anew, as after a reboot
-        assert metrics(killed) == metrics(folder / "whole")
+    def go_on(self, whole, folder, cwd, env, *flags):
+        """Resumes a run until it has as many metrics as another; its pictures are not awaited. Returns what it said."""
+        flags = [f"--resume={folder}", *flags]
+        return self.signalled(signal.SIGKILL, folder, flags, cwd, len(metrics(whole)), env)[0]
 
-    def check_stop(self, reference, cache, number):
-        """A run that is sent this signal saves, says how to go on, and then ends with the metrics of the reference."""
+    def check_ends_as(self, whole, folder, cwd, env, *flags):
+        """Resumed, a run ends with the metrics of another."""
+        self.go_on(whole, folder, cwd, env, *flags)
+        assert metrics(folder) == metrics(whole)
+
+    def check_interruptions(self, reference, cache, number):
+        """A run is killed, goes on, is sent this signal, saves, says how to go on, and ends with the metrics of the
+        reference (a folder with a run `whole`, its flags, anything), compiled anew, as after a reboot."""
         folder, flags, _ = reference
-        stopped = folder / f"stopped-{number}"
-        out, _, code = self.signalled(number, stopped, [*flags, f"--run_dir={stopped}"], folder, 20, cache)
-        assert code == 128 + number
-        assert f"--resume {stopped}" in out and out.splitlines()[-1] == str(stopped)
-        saved = max(int(path.stem) for path in (stopped / "checkpoints").glob("*.eqx"))
-        assert saved == int(metrics(stopped)[-1]["env_steps"]), "nothing that was trained is lost"
-        self.run(f"--resume={stopped}", cwd=folder, env=cache)
-        assert metrics(stopped) == metrics(folder / "whole")
+        again, total = folder / "again", len(metrics(folder / "whole"))
+        start = [*flags, f"--run_dir={again}"]
+        *_, code = self.signalled(signal.SIGKILL, again, start, folder, 0.2 * total, cache)
+        assert code == -signal.SIGKILL and len(metrics(again)) < total
+        out, _, code = self.signalled(number, again, [f"--resume={again}"], folder, 0.5 * total, cache)
+        assert code == 128 + number and len(metrics(again)) < total
+        assert f"--resume {again}" in out and out.splitlines()[-1] == str(again)
+        saved = max(int(path.stem) for path in (again / "checkpoints").glob("*.eqx"))
+        assert saved == int(metrics(again)[-1]["env_steps"]), "nothing that was trained is lost"
+        self.check_ends_as(folder / "whole", again, folder, {})
 
     def on_devices(self, number, flags, cwd, env):
         """Runs it on so many devices, which are parts of this CPU; returns facts of its programs (on_devices.py)."""

@@ -5,6 +5,7 @@ XLA_FLAGS=--xla_force_host_platform_device_count=4 python tests/on_devices.py cr
 
 import importlib
 import json
+import os
 import re
 import sys
 
@@ -31,6 +32,13 @@ def looked_at(self, name, jitted, *shapes):
     return program
 
 
+def only_train(*arguments):
+    train(*arguments)
+    print(json.dumps(FACTS), flush=True)
+    os._exit(0)  # without the pictures
+
+
 run.Run.compile_jitted = looked_at
-importlib.import_module(f"algorithms.{sys.argv[1]}").main([sys.argv[1], *sys.argv[2:]])
-print(json.dumps(FACTS))
+script = importlib.import_module(f"algorithms.{sys.argv[1]}")
+train, script.train = script.train, only_train
+script.main([sys.argv[1], *sys.argv[2:]])

@@ -32,7 +32,7 @@ FIGURES = {"curve.png", "embedding.png"}
 def reference(tmp_path_factory, cache):
     """An uninterrupted run of 2 seeds: its parent folder, its flags and what it printed."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = [*TINY, "--num_seeds=2", "--total_env_steps=12000"]
+    flags = [*TINY, "--num_seeds=2", "--total_env_steps=8400"]
     done = SCRIPT.run(*flags, f"--run_dir={folder / 'whole'}", cwd=folder, env=cache)
     return folder, flags, done
 
@@ -57,7 +57,7 @@ def test_metrics_are_those_of_two_different_seeds(reference):
     folder, *_ = reference
     rows = metrics(folder / "whole")
     first, each = 6 * 200, 3 * (40 + 40)
-    assert [int(row["env_steps"]) for row in rows[::2]] == list(range(first + each, 12_001, each))
+    assert [int(row["env_steps"]) for row in rows[::2]] == list(range(first + each, 8_401, each))
     assert {row["seed"] for row in rows} == {"0", "1"}
     assert rows[0]["train/critic_loss"] != rows[1]["train/critic_loss"]
     last = rows[-2]
@@ -99,8 +99,8 @@ def test_seeds_on_two_devices_train_the_same(reference, cache):
     SCRIPT.check_seeds_on_devices(reference, cache, "learn")
 
 
-def test_killed_twice_and_resumed_it_ends_with_the_same_metrics(reference, cache):
-    SCRIPT.check_kills(reference, cache, shares=(0.2, 0.5))
+def test_killed_stopped_and_resumed_it_ends_with_the_same_metrics(reference, cache):
+    SCRIPT.check_interruptions(reference, cache, signal.SIGTERM)
 
 
 def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, cache):
@@ -126,10 +126,11 @@ PEARL = ENCODER + 2 * NETWORK(9, 1) + NETWORK(7, 4) + NETWORK(7, 1)
     ],
 )
 def test_each_switch_changes_what_it_says(flag, what, parameters, present, absent, tmp_path, cache):
-    flags = [*TINY, flag, "--total_env_steps=1300", f"--run_dir={tmp_path / 'run'}"]
-    out = SCRIPT.run(*flags, cwd=tmp_path, env=cache | {"JAX_DEBUG_NANS": "1"}).stdout
+    folder = tmp_path / "run"
+    flags, env = [*TINY, flag, "--total_env_steps=1300", f"--run_dir={folder}"], cache | {"JAX_DEBUG_NANS": "1"}
+    out, *_ = SCRIPT.signalled(signal.SIGKILL, folder, flags, tmp_path, rows=1, env=env)  # all, before its pictures
     assert re.search(f"^{what}", out, re.MULTILINE) and re.search(f"agent +{parameters:,} parameters", out)
-    row = metrics(tmp_path / "run")[-1]
+    (row,) = metrics(folder)
     assert row[present] and not any(name.startswith(absent) for name in row)
 
 
@@ -142,5 +143,4 @@ def test_half_cheetahs_train_adapt_and_end_the_same_after_a_kill(tmp_path, cache
     assert -100 < float(metrics(whole)[-1]["eval/return_adapted"]) < 0, "some m/s off, for 20 steps, and effort"
     *_, code = SCRIPT.signalled(signal.SIGKILL, folder, [*flags, f"--run_dir={folder}"], tmp_path, 2, cache)
     assert code == -signal.SIGKILL
-    SCRIPT.run(f"--resume={folder}", cwd=tmp_path, env=cache)
-    assert metrics(folder) == metrics(whole)
+    SCRIPT.check_ends_as(whole, folder, tmp_path, cache)

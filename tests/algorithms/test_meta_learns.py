@@ -27,20 +27,21 @@ def returns(script, steps, **settings):
 
 @pytest.mark.slow
 def test_a_point_finds_a_goal_that_it_is_not_told_and_goes_back_to_it():
-    """With half of the recipe's steps. Three seeds have -9.3 on average by then, and -13 in the first episode, which
+    """Before half of the recipe's steps. Three seeds have -10 on average by then, and -13 in the first episode, which
     has to look for the goal; going to the centre gives -15, a random walk -21."""
-    first, last = returns(rl2, 500_000)
+    first, last = returns(rl2, 400_000)
     assert last > -11 and last > first + 1.5, (first, last)
 
 
 @pytest.mark.slow
 def test_without_its_history_it_cannot_know_the_goal():
-    first, last = returns(rl2, 200_000, history=False)
+    """With it, three seeds have -12 by then, and -14 in the first episode."""
+    first, last = returns(rl2, 300_000, history=False)
     assert last < -13 and abs(first - last) < 1, (first, last)
 
 
 @pytest.mark.slow
 def test_a_gradient_step_on_twenty_episodes_finds_the_goal():
-    """With half of the recipe's steps. Prototypes returned -9 to -11 by then, and -15 to -17 before the step."""
-    before, adapted = returns(maml, 240_000)
+    """Three seeds have -9 to -11 by then, and -15 to -17 before the step."""
+    before, adapted = returns(maml, 180_000)
     assert adapted > -11 and adapted > before + 4, (before, adapted)

@@ -100,7 +100,7 @@ def test_the_memory_tells_what_was_unlocked_before(memory, lowest, highest):
 # ---- minicraft ----------------------------------------------------------------------------------------------------
 
 
-CONFIG = run.configure(ppo_ad.Config, ppo_ad.RECIPES, "", ["ppo_ad.py", "--num_seeds=3"])
+CONFIG = run.configure(ppo_ad.Config, ppo_ad.RECIPES, "", ["ppo_ad.py", "--num_seeds=2"])
 ROLLOUTS = -(-CONFIG.total_env_steps // ppo_ad.rollout_steps(CONFIG))
 
 
