@@ -42,6 +42,14 @@ def quick_to_compile(request):
     jax.config.update("jax_disable_most_optimizations", not hasattr(request.module, "OPTIMISED"))
 
 
+@pytest.fixture
+def optimised(quick_to_compile):
+    """One test of another module whose program runs for long."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def share_compiled(compiled):
     """The tests' own processes share theirs too: two tests often compile the same program."""
