@@ -310,10 +310,11 @@ def test_every_field_is_read_by_the_program(script, field):
 BY_NAME = (
     *NetworkOptions._fields,
     *(f"{phase}_steps" for phase in ("initial", "prior", "posterior", "extra")),
+    *ppo_ad.AUXILIARY,
     "published",
     *("total_env_steps", "total_gradient_steps"),
 )
-"""Fields that NetworkOptions.of, cocoa.py, the recipes and the run's clock read by their names."""
+"""Fields that NetworkOptions.of, cocoa.py, ppo_ad.py, the recipes and the run's clock read by their names."""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
