@@ -27,7 +27,8 @@ from algorithms import crl
 from shared import evaluation, pictures, run
 
 RESULTS = Path(__file__).parent.parent / "results"
-PAGES = ("README.md", "envs/README.md", *(f"algorithms/{name}.md" for name in ("crl", "sac", "ppo_ad", "cocoa")))
+WITH_TABLES = ("crl", "crl_offline", "sac", "ppo_ad", "cocoa")
+PAGES = ("README.md", "envs/README.md", *(f"algorithms/{name}.md" for name in WITH_TABLES))
 
 
 class Figure(NamedTuple):
@@ -58,6 +59,8 @@ METHODS = {
 """What reaches goals: label -> the end of its CSVs' names, script, flags."""
 META_LEARNERS = {"told the task": "oracle", "CoCOA": "cocoa", "PEARL": "pearl", "RL2": "rl2", "MAML": "maml"}
 """Label -> a part of the CSV's name."""
+OFFLINE = {"crl": (29, 39), "gcbc": (9, 29), "qrl": (82, 86)}
+"""Agents that learn from given data -> OGBench's scores, in the medium and the large point maze, in percent."""
 FIGURES = {
     "point_depth": Figure(
         SUCCESS,
@@ -167,9 +170,7 @@ FIGURES = {
         {"eval/success": "episodes that reach their goal"},
         {
             **{
-                f"pointmaze-{maze}-navigate": {
-                    agent.upper(): f"pointmaze_{maze}_{agent}" for agent in ("gcbc", "crl", "qrl")
-                }
+                f"pointmaze-{maze}-navigate": {agent.upper(): f"pointmaze_{maze}_{agent}" for agent in OFFLINE}
                 for maze in ("medium", "large")
             },
             "medium, width 64": {f"CRL, depth {depth}": f"pointmaze_medium_crl_depth_{depth}" for depth in (4, 16)},
@@ -566,6 +567,21 @@ def parts_table(figure: str, root: str, slack: float = 0.0) -> str:
     return f"{text}\n\n{table(['command', 'what', *metrics.values()], rows)}"
 
 
+def offline_table(root: str) -> str:
+    """A row for each agent in each maze: the mean of its last three evaluations beside OGBench's."""
+    rows, names = [], []
+    for panel, curves in FIGURES["offline"].panels.items():
+        for label, name in curves.items():
+            published = OFFLINE[label.lower()]["large" in panel] if label.lower() in OFFLINE else ""
+            link = f"[CSV]({root}results/{name}.csv)"
+            rows.append([panel, f"{label} ({link})", entry(100 * last(read(name), "eval/score"), 0), str(published)])
+            names.append(name)
+    text = f"`{made(names[0])['command']}`, and so on: episodes that reach their goal, in percent, mean of the last "
+    text += f"three evaluations; {same_facts(names).replace('environment', 'gradient')}; all again: "
+    text += "`python experiments/runs.py offline`."
+    return f"{text}\n\n{table(['data', 'agent', 'here', 'OGBench, a million steps'], rows)}"
+
+
 def adaptation_table(root: str) -> str:
     rows = []
     for family in FAMILIES:
@@ -654,6 +670,7 @@ TABLES = {
     "baselines": baselines_table,
     "baselines_depth": partial(depth_table, "baselines_depth", "method", "{}"),
     "minicraft": lambda root: parts_table("achievements", root),
+    "offline": offline_table,
     "distillation": lambda root: parts_table("distillation", root),
     "craftax": lambda root: parts_table("craftax", root),
     "meta_learning": lambda root: parts_table("meta_learning_point_goal", root, slack=0.05),
