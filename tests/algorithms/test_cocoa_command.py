@@ -28,13 +28,15 @@ ROBOT = [
 FIGURES = {"curve.png", "embedding.png"}
 
 
+REFERENCE = [*TINY, "--num_seeds=2", "--total_env_steps=8400"]
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, cache):
     """An uninterrupted run of 2 seeds: its parent folder, its flags and what it printed."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = [*TINY, "--num_seeds=2", "--total_env_steps=8400"]
-    done = SCRIPT.run(*flags, f"--run_dir={folder / 'whole'}", cwd=folder, env=cache)
-    return folder, flags, done
+    done = SCRIPT.run(*REFERENCE, f"--run_dir={folder / 'whole'}", cwd=folder, env=cache)
+    return folder, REFERENCE, done
 
 
 def test_prints_what_it_is_and_last_the_run_folder(reference):

@@ -30,13 +30,15 @@ SCRIPT = Script(crl)
 run_to_end, start_and_signal = SCRIPT.run, SCRIPT.signalled
 
 
+REFERENCE = [*TINY, "--num_seeds=2", "--total_env_steps=8000"]
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, cache):
     """An uninterrupted run of 2 seeds: its parent folder, its flags and what it printed."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = [*TINY, "--num_seeds=2", "--total_env_steps=8000"]
-    done = run_to_end(*flags, f"--run_dir={folder / 'whole'}", cwd=folder, env=cache)
-    return folder, flags, done
+    done = run_to_end(*REFERENCE, f"--run_dir={folder / 'whole'}", cwd=folder, env=cache)
+    return folder, REFERENCE, done
 
 
 def test_prints_what_it_is_and_last_the_run_folder(reference):
