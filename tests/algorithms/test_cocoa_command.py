@@ -19,6 +19,7 @@ TINY = [
     *("--num_trajectories=4", "--latent_size=5", "--prior_steps=40", "--posterior_steps=0", "--extra_steps=40"),
     *("--exploration_episodes=1", "--eval_episodes=3", "--eval_every=960", "--checkpoint_every=480"),
 ]
+REFERENCE = [*TINY, "--num_seeds=2", "--total_env_steps=8400"]
 ROBOT = [
     *("--env=half_cheetah_vel", "--num_train_tasks=4", "--num_test_tasks=2", "--episode_length=20", "--width=16"),
     *("--initial_steps=20", "--prior_steps=40", "--extra_steps=0", "--tasks_per_iteration=2", "--meta_batch=4"),
@@ -26,9 +27,6 @@ ROBOT = [
     *("--replay_size=20000", "--eval_every=400", "--checkpoint_every=80"),
 ]
 FIGURES = {"curve.png", "embedding.png"}
-
-
-REFERENCE = [*TINY, "--num_seeds=2", "--total_env_steps=8400"]
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,11 @@ TINY = [
     *("--min_replay_size=20", "--max_replay_size=60", "--width=16", "--num_eval_envs=4"),
     *("--eval_every=800", "--checkpoint_every=400"),
 ]
+REFERENCE = [*TINY, "--num_seeds=2", "--total_env_steps=8000"]
 
 
 SCRIPT = Script(crl)
 run_to_end, start_and_signal = SCRIPT.run, SCRIPT.signalled
-
-
-REFERENCE = [*TINY, "--num_seeds=2", "--total_env_steps=8000"]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ TINY = [
     *("--auxiliary_every=2", "--auxiliary_epochs=1", "--num_targets=3", "--dense_size=16", "--latent_size=16"),
     *("--num_eval_envs=4", "--eval_every=480", "--checkpoint_every=240"),
 ]
+REFERENCE = [*TINY, "--num_seeds=2", "--total_env_steps=4000"]
 # num_envs x unroll_length x auxiliary_every is a multiple of 512, else the encoder is compiled once more for the rest
 SMALL_ENCODER = [
     *("--channels=1", "--dense_size=16", "--latent_size=16", "--num_minibatches=2", "--update_epochs=1"),
@@ -31,9 +32,6 @@ SMALL_ENCODER = [
     *("--checkpoint_every=200", "--total_env_steps=512"),
 ]
 FIGURES = {"curve.png", "achievements.png", "rollout.gif"}
-
-
-REFERENCE = [*TINY, "--num_seeds=2", "--total_env_steps=4000"]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import test_ppo_ad_command
 
 from algorithms import cocoa, crl, ppo_ad
 
-# whose compiled programs these share
+# the command tests' reference runs, whose compiled programs these share
 RUNS = [
     (crl, ("collect", "learn", "evaluate"), test_crl_command.REFERENCE),
     (ppo_ad, ("collect", "learn", "remember", "evaluate"), test_ppo_ad_command.REFERENCE),
