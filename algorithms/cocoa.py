@@ -841,9 +841,9 @@ def draw(config: Config, family: TaskFamily, agent: Agent, tasks: Float[Array, "
 
 def film(config, family: TaskFamily, agent: Agent, z, tasks, key, stem: str) -> str:
     """Draws an episode in each of the first tasks, with mean actions: the path."""
-    start = reset(family, tasks[:FILM_TASKS], key)
-    record = jax.jit(lambda start, z: play(config, family, agent, z, start, lambda before, *_: before))
-    states = record(start, z[:FILM_TASKS])
+    before = lambda state, *_: state
+    record = lambda z, tasks: play(config, family, agent, z, reset(family, tasks, key), before)
+    states = jax.jit(record)(z[:FILM_TASKS], tasks[:FILM_TASKS])
     return family.render(jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), states), stem)
 
 

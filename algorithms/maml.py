@@ -257,11 +257,8 @@ def trpo_step(policy: Policy, data: Data, config: Config) -> tuple[Policy, dict]
     tries; if none does, none is taken."""
     losses = partial(outer_loss, data=data, config=config)
     loss, gradient = jax.value_and_grad(lambda policy: losses(policy)[0])(policy)
-    divergence_gradient = jax.grad(lambda policy: losses(policy)[1])
-
-    def hessian(vector: Policy) -> Policy:
-        curved = jax.jvp(divergence_gradient, (policy,), (vector,))[1]
-        return jax.tree.map(lambda h, v: h + config.damping * v, curved, vector)
+    _, curved = jax.linearize(jax.grad(lambda policy: losses(policy)[1]), policy)
+    hessian = lambda vector: jax.tree.map(lambda h, v: h + config.damping * v, curved(vector), vector)
 
     direction, _ = jax.scipy.sparse.linalg.cg(hessian, gradient, maxiter=config.cg_iterations, tol=0.0)
     curvature = sum(jnp.vdot(*pair) for pair in zip(jax.tree.leaves(direction), jax.tree.leaves(hessian(direction))))

@@ -70,18 +70,18 @@ def play(
 
     Returns record(state) of each step, time first. A robot that fell stays as it was.
     """
-    step_all = env.step
-    for _ in sampled.shape:
-        step_all = jax.vmap(step_all)
+    shape = sampled.shape
+    start, sampled = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(shape) :]), (start, sampled))
 
     def step(state, key):
         distribution = policy(state.observation, state.goal)
-        action = jnp.where(sampled[..., None], distribution.sample(key), distribution.mode())
-        after, _ = envs.intact(state, step_all(state, action))
+        action = jnp.where(sampled[:, None], distribution.sample(key), distribution.mode())
+        after, _ = envs.intact(state, jax.vmap(env.step)(state, action))
         state = envs.select(state.terminated, state, after)
         return state, record(state)
 
-    return jax.lax.scan(step, start, jax.random.split(key, episode_length))[1]
+    recorded = jax.lax.scan(step, start, jax.random.split(key, episode_length))[1]
+    return jax.tree.map(lambda x: x.reshape(len(x), *shape, *x.shape[2:]), recorded)
 
 
 def evaluate(

@@ -1,7 +1,6 @@
 """Every figure and film that a run draws. They get arrays, environments and functions, never an algorithm's types."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -68,12 +67,15 @@ def eight_episodes(
 ) -> tuple[GoalState, Bool[np.ndarray, " 8"]]:
     """Whole episodes, leaves (episode, time, ...), on far goals if there are any; the last four, which are marked, have
     sampled actions."""
-    reset_key, play_key = jax.random.split(key)
-    start = jax.vmap((far_env or env).reset)(jax.random.split(reset_key, 8))
-    sampled = jnp.arange(8) >= 4
-    play = partial(evaluation.play, env, policy, episode_length=episode_length, key=play_key, record=lambda s: s)
-    states = jax.jit(play)(start, sampled)
-    return jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), states), np.asarray(sampled)
+    sampled = np.arange(8) >= 4
+
+    @jax.jit
+    def play(key):
+        reset_key, play_key = jax.random.split(key)
+        start = jax.vmap((far_env or env).reset)(jax.random.split(reset_key, 8))
+        return evaluation.play(env, policy, start, sampled, episode_length, play_key, record=lambda state: state)
+
+    return jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), play(key)), sampled
 
 
 def film(env: GoalEnv, states: GoalState, sampled: Bool[np.ndarray, " episodes"], stem: str) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,16 @@ def check_close(one, other, rows=8) -> None:
         for name in a:
             close = a[name] == b[name] or math.isclose(float(a[name]), float(b[name]), rel_tol=2e-3, abs_tol=2e-3)
             assert close, (name, a[name], b[name])
+
+
+def check_repeats_its_end(script, whole) -> None:
+    """A finished run that lost its last checkpoint goes on from the one before, and ends with the same metrics."""
+    again = shutil.copytree(whole, whole.with_name("again"))
+    before, last = sorted((again / "checkpoints").glob("*.eqx"), key=lambda path: int(path.stem))
+    last.unlink()
+    script.main([script.__name__, f"--resume={again}"])
+    assert metrics(again) == metrics(whole)
+    assert int(metrics(whole)[0]["env_steps"]) < int(before.stem) < int(metrics(whole)[-2]["env_steps"])
 
 
 class Script:

@@ -1,5 +1,6 @@
 """Shapes and dtypes of the annotations are checked while the tests run. Files that take long come first."""
 
+import contextlib
 import os
 from collections import Counter
 
@@ -42,12 +43,24 @@ def quick_to_compile(request):
     jax.config.update("jax_disable_most_optimizations", not hasattr(request.module, "OPTIMISED"))
 
 
+@pytest.fixture(scope="session")
+def optimisations():
+    """A context in which programs are compiled with them."""
+
+    @contextlib.contextmanager
+    def optimisations():
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        jax.config.update("jax_disable_most_optimizations", True)
+
+    return optimisations
+
+
 @pytest.fixture
-def optimised(quick_to_compile):
-    """One test of another module whose program runs for long."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+def optimised(optimisations):
+    """One test whose program runs for long, in a module of others."""
+    with optimisations():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,5 @@
 """Runs a script on the devices that XLA_FLAGS makes of the CPU; the last line that it prints are facts of its programs.
+It fails if a chunk is traced twice: tracing and compiling are most of the time of a short run.
 
 XLA_FLAGS=--xla_force_host_platform_device_count=4 python tests/on_devices.py crl --num_seeds=2 ...
 """
@@ -9,6 +10,7 @@ import os
 import re
 import sys
 
+import chex
 import jax
 
 from shared import run
@@ -40,5 +42,7 @@ def only_train(*arguments):
 
 run.Run.compile_jitted = looked_at
 script = importlib.import_module(f"algorithms.{sys.argv[1]}")
+for chunk in {"fill", "collect", "learn", "remember", "evaluate"} & set(vars(script)):
+    setattr(script, chunk, chex.assert_max_traces(getattr(script, chunk), 1))
 train, script.train = script.train, only_train
 script.main([sys.argv[1], *sys.argv[2:]])

@@ -2,7 +2,6 @@
 an update changes, and resumed runs."""
 
 import copy
-import csv
 import inspect
 import math
 from functools import partial
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import check_repeats_its_end, metrics
 from stubs import Fixed, Line, Sizes
 
 import envs
@@ -402,28 +402,22 @@ def test_learning_rates_of_td3_fall_to_their_share_at_the_end():
 TINY = [
     *("--num_envs=8", "--episode_length=20", "--unroll_length=20", "--min_replay_size=40", "--max_replay_size=60"),
     *("--batch_size=16", "--updates_per_chunk=2", "--width=16", "--num_eval_envs=4", "--eval_every=320"),
-    *("--checkpoint_every=160", "--final_lr_fraction=1"),
+    *("--checkpoint_every=640", "--total_env_steps=1280"),
 ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(script, tmp_path, capsys, monkeypatch):
     """Of two seeds; its agent can be loaded."""
-    flags = [script.__name__, *TINY, "--num_seeds=2"]
-    script.main([*flags, "--total_env_steps=1280", f"--run_dir={tmp_path / 'whole'}"])
-    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "whole")
+    whole = tmp_path / "whole"
+    script.main([script.__name__, *TINY, "--num_seeds=2", f"--run_dir={whole}"])
+    assert capsys.readouterr().out.splitlines()[-1] == str(whole)
+    assert len(metrics(whole)) == 2 * 6
     monkeypatch.setattr(pictures, "draw_goal_reaching", lambda *_: None)  # once is enough
-    script.main([*flags, "--total_env_steps=800", f"--run_dir={tmp_path / 'part'}"])
-    script.main([script.__name__, "--total_env_steps=1280", f"--resume={tmp_path / 'part'}"])
-
-    def rows(name):
-        kept = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
-        return [{k: v for k, v in row.items() if k not in run.TIMING_COLUMNS and "eval" not in k} for row in kept]
-
-    assert rows("part") == rows("whole") and len(rows("whole")) == 2 * 6
+    check_repeats_its_end(script, whole)
     drawn = {"curve.png", "rollout.gif", "trajectories.png"} | ({"value_map.png"} if script is not gcsl else set())
-    assert drawn <= {path.name for path in (tmp_path / "whole").iterdir()}
-    _, env, agent = script.load(tmp_path / "whole", seed=1)
+    assert drawn <= {path.name for path in whole.iterdir()}
+    _, env, agent = script.load(whole, seed=1)
     state = env.reset(jax.random.key(0))
     assert np.isfinite(script.policy(agent, state.observation, state.goal).mode()).all()
 

@@ -18,8 +18,6 @@ from algorithms import crl
 from shared import pictures
 from shared import replay as buffer
 
-OPTIMISED = True
-
 SCRIPT = Path(crl.__file__)
 
 

@@ -1,6 +1,5 @@
 """maml.py: golden numbers of the fact sheet (metaworld_and_metarl, section 11), episodes, and resumed runs."""
 
-import csv
 import dataclasses
 from functools import partial
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import check_repeats_its_end, metrics
 
 from algorithms import maml
 from envs.point import PointGoal
@@ -308,25 +308,21 @@ def test_an_iteration_plays_before_and_after_the_inner_step_and_changes_the_poli
 
 TINY = [
     *("--episode_length=5", "--num_tasks=3", "--num_episodes=3", "--width=8", "--num_train_tasks=6"),
-    *("--num_test_tasks=4", "--eval_every=180", "--checkpoint_every=180", "--num_seeds=2"),
+    *("--num_test_tasks=4", "--eval_every=180", "--checkpoint_every=360", "--num_seeds=2"),
+    "--total_env_steps=720",
 ]
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, capsys):
-    maml.main(["maml.py", *TINY, "--total_env_steps=720", f"--run_dir={tmp_path / 'whole'}"])
-    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "whole")
-    maml.main(["maml.py", *TINY, "--total_env_steps=360", f"--run_dir={tmp_path / 'part'}"])
-    maml.main(["maml.py", "--total_env_steps=720", f"--resume={tmp_path / 'part'}"])
-
-    def rows(name):
-        kept = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
-        return [{k: v for k, v in row.items() if k not in run.TIMING_COLUMNS} for row in kept]
-
-    assert rows("part") == rows("whole") and len(rows("whole")) == 2 * 8
-    assert {"curve.png", "rollout.gif"} <= {path.name for path in (tmp_path / "whole").iterdir()}
-    config, family, agent = maml.load(tmp_path / "whole", seed=1)
-    key = jax.random.fold_in(run.evaluation_key(jax.random.key(1)), int(rows("whole")[-1]["outer_steps"]))
-    test_tasks = maml.init(config, family, jax.random.key(1)).test_tasks
-    scores = maml.evaluate(config, family, agent, test_tasks, key)
+    whole = tmp_path / "whole"
+    maml.main(["maml.py", *TINY, f"--run_dir={whole}"])
+    assert capsys.readouterr().out.splitlines()[-1] == str(whole)
+    assert len(metrics(whole)) == 2 * 8
+    check_repeats_its_end(maml, whole)
+    assert {"curve.png", "rollout.gif"} <= {path.name for path in whole.iterdir()}
+    config, family, agent = maml.load(whole, seed=1)
+    key = jax.random.fold_in(run.evaluation_key(jax.random.key(1)), int(metrics(whole)[-1]["outer_steps"]))
+    test_tasks = jax.jit(partial(maml.init, config, family))(jax.random.key(1)).test_tasks
+    scores = jax.jit(partial(maml.evaluate, config, family))(agent, test_tasks, key)
     for name, value in scores.items():
-        assert float(value) == pytest.approx(float(rows("whole")[-1][name]), rel=1e-3)
+        assert float(value) == pytest.approx(float(metrics(whole)[-1][name]), rel=1e-3)

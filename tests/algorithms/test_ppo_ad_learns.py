@@ -12,8 +12,6 @@ from algorithms import ppo_ad
 from envs import AchievementEnv, AchievementState, minicraft
 from shared import run
 
-OPTIMISED = True
-
 SMALL = dict(dense_size=16, latent_size=16, learning_rate=3e-3, num_minibatches=2, num_envs=16, discount=0.9)
 
 
@@ -105,8 +103,9 @@ ROLLOUTS = -(-CONFIG.total_env_steps // ppo_ad.rollout_steps(CONFIG))
 
 
 @pytest.fixture(scope="module")
-def distilled():
-    return trained(CONFIG, minicraft.Minicraft(), ROLLOUTS)
+def distilled(optimisations):
+    with optimisations():
+        return trained(CONFIG, minicraft.Minicraft(), ROLLOUTS)
 
 
 def rate_of_the_deepest(config, agent):

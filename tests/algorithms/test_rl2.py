@@ -1,6 +1,5 @@
 """rl2.py: golden numbers of the fact sheet (metaworld_and_metarl, section 11), trials, and resumed runs."""
 
-import csv
 import dataclasses
 import inspect
 from functools import partial
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import check_repeats_its_end, metrics
 
 import envs
 from algorithms import rl2
@@ -198,27 +198,23 @@ def test_an_iteration_learns_from_whole_trials_and_begins_where_it_acted():
 
 TINY = [
     *("--episode_length=5", "--num_trials=8", "--num_minibatches=2", "--update_epochs=2", "--width=8"),
-    *("--num_train_tasks=6", "--num_test_tasks=4", "--eval_every=240", "--checkpoint_every=240", "--num_seeds=2"),
+    *("--num_train_tasks=6", "--num_test_tasks=4", "--eval_every=240", "--checkpoint_every=480", "--num_seeds=2"),
+    "--total_env_steps=960",
 ]
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path, capsys):
-    rl2.main(["rl2.py", *TINY, "--total_env_steps=960", f"--run_dir={tmp_path / 'whole'}"])
+    whole = tmp_path / "whole"
+    rl2.main(["rl2.py", *TINY, f"--run_dir={whole}"])
     out = capsys.readouterr().out
-    assert "a trial is 3 episodes in one task" in out and out.splitlines()[-1] == str(tmp_path / "whole")
-    rl2.main(["rl2.py", *TINY, "--total_env_steps=480", f"--run_dir={tmp_path / 'part'}"])
-    rl2.main(["rl2.py", "--total_env_steps=960", f"--resume={tmp_path / 'part'}"])
-
-    def rows(name):
-        kept = list(csv.DictReader((tmp_path / name / "metrics.csv").open()))
-        return [{k: v for k, v in row.items() if k not in run.TIMING_COLUMNS} for row in kept]
-
-    assert rows("part") == rows("whole") and len(rows("whole")) == 2 * 8
-    assert {"curve.png", "rollout.gif"} <= {path.name for path in (tmp_path / "whole").iterdir()}
-    config, family, agent = rl2.load(tmp_path / "whole", seed=1)
-    key = jax.random.fold_in(run.evaluation_key(jax.random.key(1)), int(rows("whole")[-1]["gradient_steps"]))
-    test_tasks = rl2.init(config, family, jax.random.key(1)).test_tasks
-    scores = rl2.evaluate(config, family, agent, test_tasks, key)
+    assert "a trial is 3 episodes in one task" in out and out.splitlines()[-1] == str(whole)
+    assert len(metrics(whole)) == 2 * 8
+    check_repeats_its_end(rl2, whole)
+    assert {"curve.png", "rollout.gif"} <= {path.name for path in whole.iterdir()}
+    config, family, agent = rl2.load(whole, seed=1)
+    key = jax.random.fold_in(run.evaluation_key(jax.random.key(1)), int(metrics(whole)[-1]["gradient_steps"]))
+    test_tasks = jax.jit(partial(rl2.init, config, family))(jax.random.key(1)).test_tasks
+    scores = jax.jit(partial(rl2.evaluate, config, family))(agent, test_tasks, key)
     for name, value in scores.items():
-        assert float(value) == pytest.approx(float(rows("whole")[-1][name]), rel=1e-4)
+        assert float(value) == pytest.approx(float(metrics(whole)[-1][name]), rel=1e-4)
     assert isinstance(family, envs.TaskFamily)
