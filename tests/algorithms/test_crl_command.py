@@ -207,8 +207,9 @@ def test_from_images_it_trains_keeps_bytes_and_draws(tmp_path, cache):
     assert {"rollout.gif", "value_map.png", "trajectories.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
     config, env, agent = crl.load(tmp_path / "run")
     assert [leaf.dtype.name for leaf in crl.empty_replay(config, env).data] == ["uint8", "float32", "uint8"]
-    state = env.reset(jax.random.key(0))
-    assert abs(crl.policy(agent, state.observation, state.goal).mode()).max() < 1
+    state = jax.jit(env.reset)(jax.random.key(0))
+    act = jax.jit(lambda observation, goal: crl.policy(agent, observation, goal).mode())
+    assert abs(act(state.observation, state.goal)).max() < 1
 
 
 @pytest.mark.slow

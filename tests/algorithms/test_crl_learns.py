@@ -112,7 +112,7 @@ def test_a_goal_that_is_switched_during_collection_is_switched_by_the_environmen
         num_envs=8, episode_length=50, unroll_length=6, min_replay_size=6, max_replay_size=60, width=8,
         goal_switch_probability=1.0,
     )  # fmt: skip
-    state = crl.collect(config, Told(), crl.init(config, Told(), jax.random.key(0)))
+    state = jax.jit(lambda key: crl.collect(config, Told(), crl.init(config, Told(), key)))(jax.random.key(0))
     observed = np.asarray(state.replay.data.observation[:6])
     np.testing.assert_array_equal(observed[0], 0)
     assert set(np.unique(observed[1:])) == {9, 11}
