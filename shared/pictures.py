@@ -73,7 +73,7 @@ def eight_episodes(
     def play(key):
         reset_key, play_key = jax.random.split(key)
         start = jax.vmap((far_env or env).reset)(jax.random.split(reset_key, 8))
-        return evaluation.play(env, policy, start, sampled, episode_length, play_key, record=lambda state: state)
+        return evaluation.play(env, policy, start, jnp.array(sampled), episode_length, play_key, record=lambda s: s)
 
     return jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), play(key)), sampled
 
