@@ -1,6 +1,7 @@
 """The posterior, the losses and the gradient step of cocoa.py against NumPy, finite differences and Adam by hand."""
 
 import dataclasses
+from functools import partial
 
 import chex
 import equinox as eqx
@@ -175,8 +176,8 @@ def test_info_nce_equals_numpy_with_and_without_exclusions():
 
 def data(config, family, seed=0):
     """A state after its first data and one iteration's, and a batch."""
-    state = cocoa.init(config, family, jax.random.key(seed))
-    state = jax.jit(lambda state: cocoa.collect(config, family, cocoa.fill(config, family, state)))(state)
+    begin = lambda key: cocoa.fill(config, family, cocoa.init(config, family, key))
+    state = jax.jit(lambda key: cocoa.collect(config, family, begin(key)))(jax.random.key(seed))
     rng = np.random.default_rng(seed)
     # away from the first weights, where outputs are all but 0
     noisy = lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype)
@@ -254,9 +255,8 @@ def test_model_loss_and_its_gradient_equal_numpy_and_finite_differences(family, 
     key = jax.random.key(5)
     oracle = jnp.zeros((TASKS, 2))
     noise = np.asarray(jax.random.normal(key, (TASKS, LATENT)), float)
-    (loss, (z, _)), gradient = jax.value_and_grad(cocoa.model_loss, has_aux=True)(
-        state.agent.model, state.agent, oracle, batch, key, config
-    )
+    model_loss = jax.jit(jax.value_and_grad(partial(cocoa.model_loss, config=config), has_aux=True))
+    (loss, (z, _)), gradient = model_loss(state.agent.model, state.agent, oracle, batch, key)
     np.testing.assert_allclose(loss, numpy_loss(config, state.agent, batch, noise), rtol=1e-4)
     fixed = np.asarray(z, float).reshape(TASKS, -1, LATENT)[:, 0]
 

@@ -196,13 +196,13 @@ def test_the_inner_step_is_that_of_the_sheet(kind, data):
 @pytest.mark.parametrize("kind", list(GRADIENT))
 def test_outer_gradient_and_hessian_are_those_of_the_sheet(kind, data):
     """And the gradient is that by finite differences, where the inner one is not taken as constant."""
-    losses = lambda theta: jnp.stack(maml.outer_loss(policy_of(theta), data, config_of(kind)))
+    losses = jax.jit(lambda theta: jnp.stack(maml.outer_loss(policy_of(theta), data, config_of(kind))))
     theta = jnp.array(THETA)
     np.testing.assert_allclose(losses(theta), 0, atol=1e-6)
-    gradients = jax.jacrev(losses)(theta)
+    gradients = jax.jit(jax.jacrev(losses))(theta)
     np.testing.assert_allclose(gradients[0], GRADIENT[kind], atol=2e-6)
     np.testing.assert_allclose(gradients[1], 0, atol=1e-6)
-    hessian = jax.jacfwd(jax.jacrev(lambda theta: losses(theta)[1]))(theta)
+    hessian = jax.jit(jax.jacfwd(jax.jacrev(lambda theta: losses(theta)[1])))(theta)
     golden = np.array([row.split() for row in HESSIAN[kind].split("/")], float)
     np.testing.assert_allclose(hessian, golden, atol=1e-5)
     if kind != "first_order":

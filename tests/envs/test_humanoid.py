@@ -87,21 +87,22 @@ def brax_observation(root, physics, has_marker):
     with pytest.warns(UserWarning):
         brax = BraxHumanoid(backend="spring", exclude_current_positions_from_observation=False)
     brax.unwrapped.sys = system
-    state = spring.pipeline.init(system, q, qd)
+    state = jax.jit(spring.pipeline.init)(system, q, qd)
     if has_marker:
         at_rest = lambda ours, all: jnp.concatenate([ours, all[-1:]])
         x, xd = jax.tree.map(at_rest, x, state.x), jax.tree.map(at_rest, xd, state.xd)
     # the links' velocities live in the physics, those from joint velocities differ a little
-    return brax._get_obs(state.replace(x=x, xd=xd), 0.4 * action(11))
+    return jax.jit(brax._get_obs)(state.replace(x=x, xd=xd), 0.4 * action(11))
 
 
 def test_without_the_goal_in_the_state_all_that_tells_it_is_gone():
     env = Humanoid(goal_in_state=False)
-    here, there = (env.place(jnp.ones(2), goal) for goal in (jnp.array([3.0, 0]), jnp.array([-1.0, 4])))
+    place = jax.jit(env.place)
+    here, there = (place(jnp.ones(2), goal) for goal in (jnp.array([3.0, 0]), jnp.array([-1.0, 4])))
     assert env.observation_size == here.observation.shape[0] == 24 + 23 + 11 * 10 + 11 * 6 + 23 == 246
     np.testing.assert_array_equal(here.observation, there.observation)
     assert not np.array_equal(here.goal, there.goal)
-    with_goal = Humanoid().place(jnp.ones(2), jnp.array([3.0, 0])).observation
+    with_goal = jax.jit(Humanoid().place)(jnp.ones(2), jnp.array([3.0, 0])).observation
     np.testing.assert_array_equal(here.observation[:24], with_goal[:24])
     np.testing.assert_array_equal(here.observation[24:47], with_goal[26:49])
 
