@@ -373,7 +373,8 @@ class Holes(Line):
 @pytest.mark.parametrize("script", [sac, td3])
 def test_a_fall_is_a_termination_and_the_time_limit_is_not(script):
     config, _ = begun(script)
-    state = script.collect(config, Holes(), script.init(config, Holes(), jax.random.key(0)))
+    begin = lambda key: script.collect(config, Holes(), script.init(config, Holes(), key))
+    state = jax.jit(begin)(jax.random.key(0))
     rows = jax.tree.map(np.asarray, state.replay.data)
     fell = np.floor(100 * rows.next_observation[..., 0]) % 10 == 3
     np.testing.assert_array_equal(rows.terminated, fell)

@@ -20,8 +20,8 @@ def trained(script, chunks, **settings):
         width=32, discount=0.8, actor_lr=1e-3, num_eval_envs=64, total_env_steps=100_000, **settings,
     )  # fmt: skip
     env = Line()
-    state = script.init(config, env, jax.random.key(0))
-    state = jax.jit(lambda s: script.collect(config, env, script.collect(config, env, s)))(state)
+    more = lambda s: script.collect(config, env, s)
+    state = jax.jit(lambda key: more(more(script.init(config, env, key))))(jax.random.key(0))
     arguments = (config,) if script is gcsl else (config, env)
     chunk = jax.jit(lambda s: script.learn(*arguments, script.collect(config, env, s))[0])
     for _ in range(chunks):

@@ -46,7 +46,7 @@ def test_no_row_of_a_failed_step_is_stored(script):
     argv = ["crl.py", *flags.split(), "--batch_size=16", "--updates_per_chunk=4", "--env=simple_u_maze"]
     config = run.configure(script.Config, script.RECIPES, "", argv)
     env = fragile(envs.make("simple_u_maze"))
-    state = script.init(config, env, jax.random.key(0))
+    state = jax.jit(partial(script.init, config, env))(jax.random.key(0))
     collect = jax.jit(partial(script.collect, config, env))
     for _ in range(5):
         state = collect(state)
@@ -68,7 +68,7 @@ def test_ppo_ad_learns_nothing_from_a_failed_step():
         run.configure(ppo_ad.Config, ppo_ad.RECIPES, "", ["ppo_ad.py"]), num_envs=8, unroll_length=30, episode_length=12
     )
     vector = fragile(envs.make("minicraft")).vectorise(config.num_envs, config.episode_length)
-    state = ppo_ad.init(config, vector, jax.random.key(0))
+    state = jax.jit(partial(ppo_ad.init, config, vector))(jax.random.key(0))
     state = state._replace(normaliser=ppo_ad.Normaliser(*map(jnp.array, (0.3, 0.5, 0.6))))
     acting, steps = jax.jit(partial(ppo_ad.collect, config, vector))(state)
     broken = int(acting.envs.broken.sum())
@@ -90,8 +90,8 @@ def test_cocoa_stores_no_row_of_a_failed_step_and_learns_on():
     config = run.configure(cocoa.Config, cocoa.RECIPES, "", ["cocoa.py", *flags.split()])
     family = fragile(envs.make("point_goal"))
     config = cocoa.settle(config, family)
-    state = cocoa.init(config, family, jax.random.key(0))
-    state = jax.jit(partial(cocoa.fill, config, family))(state)
+    begin = lambda key: cocoa.fill(config, family, cocoa.init(config, family, key))
+    state = jax.jit(begin)(jax.random.key(0))
     broken = int(state.broken)
     assert 6 * config.initial_steps * 0.05 < broken < 6 * config.initial_steps * 0.3
     written = jax.tree.map(lambda x: x[:, : config.initial_steps], state.replay.data)

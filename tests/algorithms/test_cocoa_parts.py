@@ -116,6 +116,12 @@ def test_z_is_kept_for_an_episode_and_drawn_from_the_posterior_for_the_next(fami
     np.testing.assert_array_equal(rows.action, 5, "the oracle is told half of the task, rounded down")
 
 
+def filled(config, family):
+    """A state after its first data."""
+    begin = lambda key: cocoa.fill(config, family, cocoa.init(config, family, key))
+    return jax.jit(begin)(jax.random.key(0))
+
+
 class Echo:
     def __init__(self, z):
         self.z = z
@@ -129,7 +135,7 @@ class Echo:
 
 def test_an_iteration_visits_tasks_and_keeps_what_it_should(family):
     config = small()
-    state = cocoa.fill(config, family, cocoa.init(config, family, jax.random.key(0)))
+    state = filled(config, family)
     np.testing.assert_array_equal(state.replay.count, EPISODE)
     np.testing.assert_array_equal(state.replay.context_end - state.replay.context_start, EPISODE)
     collect = jax.jit(lambda state: cocoa.collect(config, family, state))
@@ -152,7 +158,7 @@ def test_an_iteration_visits_tasks_and_keeps_what_it_should(family):
 
 def test_with_more_visits_than_tasks_each_gets_its_share(family):
     config = small(tasks_per_iteration=5, num_train_tasks=2)
-    state = cocoa.fill(config, family, cocoa.init(config, family, jax.random.key(0)))
+    state = filled(config, family)
     collect, seen = jax.jit(lambda state: cocoa.collect(config, family, state)), Counter()
     for seed in range(6):
         after = collect(state._replace(key=jax.random.key(seed)))
@@ -176,7 +182,7 @@ def test_posterior_phases_act_on_the_posterior_of_the_recent_context(family, mon
 
     monkeypatch.setattr(cocoa, "embed", embed)
     config = small()
-    state = cocoa.fill(config, family, cocoa.init(config, family, jax.random.key(0)))
+    state = filled(config, family)
     state = jax.jit(lambda state: cocoa.collect(config, family, state))(state)
     for task in np.flatnonzero(np.asarray(state.replay.count) > EPISODE):
         actions = np.asarray(state.replay.data.action[task, : 6 * EPISODE, 0]).reshape(6, EPISODE)
@@ -229,14 +235,14 @@ def test_the_oracle_is_told_the_task(family, monkeypatch):
     tasks = jnp.array([[7.0], [12.0]])
     info = cocoa.evaluate(config, family, agent, tasks, jax.random.key(0))
     assert info == {"eval/return_oracle": (7.0 * EPISODE + 12 * 3) / 2}
-    state = cocoa.fill(config, family, cocoa.init(config, family, jax.random.key(0)))
+    state = filled(config, family)
     for task in range(6):
         np.testing.assert_array_equal(state.replay.data.action[task, :EPISODE, 0], (task + 7) // 2)
 
 
 def test_batches_are_of_tasks_drawn_alike_and_say_whose_they_are(family):
     config = small(meta_batch=3, num_trajectories=8)
-    state = cocoa.fill(config, family, cocoa.init(config, family, jax.random.key(0)))
+    state = filled(config, family)
     batch = jax.jit(lambda key: cocoa.sample(config, state, key))
     counts = Counter()
     for seed in range(200):

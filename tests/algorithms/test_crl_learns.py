@@ -88,9 +88,9 @@ def test_probe_every_loss_learns_to_walk_along_a_line(setting):
         total_env_steps=30_000, **setting,
     )  # fmt: skip
     env = Line()
-    state = crl.init(config, env, jax.random.key(0))
-    state = jax.jit(lambda s: crl.collect(config, env, crl.collect(config, env, s)))(state)
-    chunk = jax.jit(lambda s: crl.learn(config, env, crl.collect(config, env, s))[0])
+    more = lambda s: crl.collect(config, env, s)
+    state = jax.jit(lambda key: more(more(crl.init(config, env, key))))(jax.random.key(0))
+    chunk = jax.jit(lambda s: crl.learn(config, env, more(s))[0])
     for _ in range(12):
         state = chunk(state)
     x = jnp.array([[-0.8], [0.0], [0.8], [0.8], [0.0], [-0.8]])

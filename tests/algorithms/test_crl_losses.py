@@ -214,7 +214,7 @@ def test_many_seeds_at_once_equal_each_seed_alone(setting):
     together = crl.dataclasses.replace(base, num_seeds=2)
 
     def chunk(config, keys):
-        state = jax.vmap(lambda key: crl.init(config, env, key))(keys)
+        state = jax.jit(jax.vmap(lambda key: crl.init(config, env, key)))(keys)
         return jax.jit(run.over_seeds(config.num_seeds, lambda s: crl.learn(config, env, crl.collect(config, env, s))))(
             state
         )
