@@ -674,6 +674,7 @@ TABLES = {
     "distillation": lambda root: parts_table("distillation", root),
     "craftax": lambda root: parts_table("craftax", root),
     "meta_learning": lambda root: parts_table("meta_learning_point_goal", root, slack=0.05),
+    "meta_learning_robot": lambda root: parts_table("meta_learning_half_cheetah_dir", root, slack=0.05),
     "adaptation": adaptation_table,
     "bench_depth": partial(measured_table, "bench_depth_cpu", DEPTH),
     "bench_scripts": partial(measured_table, "bench_scripts_cpu", SCRIPTS),
