@@ -50,8 +50,10 @@ def optimisations():
     @contextlib.contextmanager
     def optimisations():
         jax.config.update("jax_disable_most_optimizations", False)
-        yield
-        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            yield
+        finally:
+            jax.config.update("jax_disable_most_optimizations", True)
 
     return optimisations
 
