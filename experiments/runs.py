@@ -76,6 +76,13 @@ def _equal_steps() -> dict[str, str]:
     return {f"{name}_equal_steps": command for name, command in runs.items()}
 
 
+def _reach(flags: str = "") -> str:
+    short = "--total_env_steps 300_000 --initial_steps 1000 --tasks_per_iteration 10 --prior_steps 400 "
+    short += "--extra_steps 400 --updates_per_iteration 1000 --replay_size 400_000 --batch_size 128 --width 128 "
+    short += "--encoder_width 64 --eval_every 25_000 --exploration_episodes 2 --eval_episodes 3"
+    return f"cocoa.py --env metaworld_reach {flags}--num_seeds 3 {short}"
+
+
 def _offline(env: str, flags: str, width: int = 128) -> str:
     small = f"--num_seeds 3 --width {width} --latent_size 64 --batch_size 256 --total_gradient_steps 10_000"
     return f"crl_offline.py --env {env} {flags} {small} --chunk 500 --eval_every 1000 --checkpoint_every 1000"
@@ -155,6 +162,9 @@ RUNS = {
     "sparse_point_goal_pearl": "cocoa.py --env sparse_point_goal --num_seeds 3 --contrastive=false",
     "sparse_point_goal_oracle": "cocoa.py --env sparse_point_goal --num_seeds 3 --context=oracle",
     **_equal_steps(),
+    "metaworld_reach_cocoa": _reach(),
+    "metaworld_reach_pearl": _reach("--contrastive=false "),
+    "metaworld_reach_oracle": _reach("--context=oracle "),
     **{
         f"pointmaze_{maze}_{agent}": _offline(f"pointmaze_{maze}", f"--agent {agent}")
         for maze in ("medium", "large")
