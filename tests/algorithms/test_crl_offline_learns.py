@@ -31,14 +31,14 @@ def walks(number=200, steps=30):
     return state % RING, ahead, data
 
 
-def trained(name, data, chunks):
+def trained(name, data, width):
     config = crl_offline.Config(
-        agent=name, width=32, latent_size=16, batch_size=128, learning_rate=1e-3, discount=0.7, chunk=1000
+        agent=name, width=width, latent_size=16, batch_size=128, learning_rate=1e-3, discount=0.7, chunk=1000
     )
     config = crl_offline.settle(config)
     state = crl_offline.init(config, Sizes(2, 1, 2), data, jax.random.key(0))
     learn = jax.jit(partial(crl_offline.learn, config))
-    for _ in range(chunks):
+    for _ in range(2):
         state, _ = learn(state)
     return state.agent
 
@@ -46,7 +46,7 @@ def trained(name, data, chunks):
 def test_the_contrastive_critic_is_the_logarithm_of_how_much_likelier_a_goal_becomes():
     """With B rows, log p(g | s, a) / p(g) - log(B - 1): here by adding up every goal of every row of the data."""
     state, ahead, data = walks()
-    agent = trained("crl", data, chunks=2)
+    agent = trained("crl", data, width=32)
     joint, final = np.zeros((RING, 2, RING)), state.shape[1] - 2
     for i in range(final + 1):
         for j in range(i, final + 1):
@@ -63,7 +63,7 @@ def test_the_contrastive_critic_is_the_logarithm_of_how_much_likelier_a_goal_bec
 
 def test_the_quasimetric_is_the_number_of_steps_there_and_not_the_number_back():
     """Steps may be up to 1 + sqrt(0.05) long, and the multiplier is still on its way: the unit is more than 1."""
-    agent = trained("qrl", walks()[2], chunks=3)
+    agent = trained("qrl", walks()[2], width=64)
     z = jax.vmap(agent.psi)(jnp.array(PLACES))
     found = np.asarray(crl_offline.distance(agent, z[:, None].repeat(RING, 1), z[None].repeat(RING, 0)))
     steps = (np.arange(RING) - np.arange(RING)[:, None]) % RING
