@@ -278,8 +278,7 @@ def load_config(config_class, folder):
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder} is not a run folder: it has no readable config.json") from None
     odd = ", ".join(sorted(set(saved) ^ {field.name for field in dataclasses.fields(config_class)}))
-    if odd:
-        raise UserError(f"{folder} was made by another version of this script (fields {odd}); resume it with that one")
+    need(not odd, f"{folder} was made by another version of this script (fields {odd}); resume it with that one")
     return config_class(**saved)
 
 
@@ -329,17 +328,13 @@ def _resumed(config_class, given: dict) -> dict:
     folder, name = given["resume"], f"total_{clock(config_class)}"
     saved = dataclasses.asdict(load_config(config_class, folder)) | {"resume": folder}
     more = given.get(name, 0) > saved[name]
-    if more and saved.get("final_lr_fraction", 1) != 1:
-        raise UserError(
-            f"the learning rates of the run in {folder} fall until step {saved[name]} (final_lr_fraction), so it "
-            f"cannot go on to {given[name]}; start a new run"
-        )
+    faded = more and saved.get("final_lr_fraction", 1) != 1
+    rates = f"the learning rates of the run in {folder} fall until step {saved[name]} (final_lr_fraction)"
+    need(not faded, f"{rates}, so it cannot go on to {given.get(name)}; start a new run")
     for flag, value in given.items():
-        if value != saved[flag] and flag not in ("devices", "processes") and not (more and flag == name):
-            raise UserError(
-                f"--{flag}={value} disagrees with the run in {folder}, which has {saved[flag]}; "
-                "drop the flag, or start a new run"
-            )
+        may_differ = flag in ("devices", "processes") or (more and flag == name)
+        said = f"--{flag}={value} disagrees with the run in {folder}, which has {saved[flag]}"
+        need(value == saved[flag] or may_differ, f"{said}; drop the flag, or start a new run")
     return saved | {"processes": 1} | given
 
 
@@ -730,8 +725,7 @@ class Run:
             self._cut_metrics(self._saved_at)
             self.print(f"resumed from {path}")
             return state
-        if paths:
-            raise UserError(f"no checkpoint in {self.folder / 'checkpoints'} is intact; start a new run")
+        need(not paths, f"no checkpoint in {self.folder / 'checkpoints'} is intact; start a new run")
         self.print("the run had not saved a checkpoint yet: starting from the beginning")
         self._cut_metrics(-1)
         return None
@@ -901,12 +895,12 @@ class Run:
         path = self.folder / "checkpoints" / f"{steps[self._clock]:012d}.eqx"
         partial = path.with_suffix(".partial")
         try:
-            with partial.open("wb") as file:
+            with partial.open("w+b") as file:
                 file.write(json.dumps(header).encode() + b"\n")
-                hashing = _Hashing(file, header)
-                eqx.tree_serialise_leaves(hashing, state)
+                eqx.tree_serialise_leaves(file, state)
+                header["sha256"] = _header_and_checksum(file)[1]
                 file.seek(0)
-                file.write(json.dumps({**header, "sha256": hashing.digest()}).encode() + b"\n")
+                file.write(json.dumps(header).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -946,8 +940,8 @@ def load_agent(make_agent, folder, config, seed: int | None = None):
       UserError: the run has no such seed or no intact checkpoint, or another version of the script made it.
     """
     index = 0 if seed is None else seed - config.seed
-    if not 0 <= index < config.num_seeds:
-        raise UserError(f"seed is {seed}; {folder} has {config.num_seeds} seed(s) from {config.seed} on")
+    there = f"{folder} has {config.num_seeds} seed(s) from {config.seed} on"
+    need(0 <= index < config.num_seeds, f"seed is {seed}; {there}")
     like = jax.eval_shape(jax.vmap(make_agent), _seed_keys(config))
     for path in _checkpoints(folder):
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # a run deletes its older ones
@@ -1011,16 +1005,13 @@ def commit(script: str | Path | None = None) -> str:
     """The commit of this checkout, with '+changes' if tracked files differ from it or a script is not one of them;
     'unknown' outside of git.
 
-    Pages and the data in results/ do not count: one measurement rewrites them before the next begins.
+    Pages and what lies in results/ do not count: one measurement rewrites them before the next begins.
     """
     git = functools.partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True)
-    data = (
-        f":(top,exclude){kind}"
-        for kind in ("*.md", "results/*.csv", "results/*.json", "results/*.png", "results/*.gif")
-    )
+    paths = ":(top)", ":(top,exclude)*.md", ":(top,exclude)results"
     try:
         head = git(["git", "rev-parse", "HEAD"], check=True).stdout.strip()
-        changes = git(["git", "status", "--porcelain", "--untracked=no", ":(top)", *data], check=True).stdout
+        changes = git(["git", "status", "--porcelain", "--untracked=no", *paths], check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     tracked = script is None or git(["git", "ls-files", "--error-unmatch", Path(script).resolve()]).returncode == 0
@@ -1138,12 +1129,7 @@ def _typed(config, *arguments):
 
 
 def _facts(config, recipes):
-    def version(package):
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
+    versions = {each.name.replace("_", "-").lower(): each.version for each in importlib.metadata.distributions()}
     arguments = sys.argv[1:]
     if Path(sys.argv[0]).resolve() != Path(_script(config)).resolve():  # a notebook's call of main
         told = {"resume": config.resume} if config.resume else {"env": config.env, **_changed(config, recipes)}
@@ -1151,28 +1137,10 @@ def _facts(config, recipes):
     return {
         "command": _typed(config, *arguments),
         "commit": commit(_script(config)),
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "versions": {"python": platform.python_version()} | {package: versions.get(package) for package in PACKAGES},
         "device": device_name(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-class _Hashing:
-    """A file that hashes what is written to it, on top of a checkpoint's header."""
-
-    def __init__(self, file, header):
-        self._file, self._hash = file, _header_hash(header)
-
-    def write(self, data):
-        self._hash.update(data)
-        return self._file.write(data)
-
-    def digest(self):
-        return self._hash.hexdigest()
-
-
-def _header_hash(header):
-    return hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "sha256"}).encode())
 
 
 def _put(x, place):
@@ -1198,14 +1166,21 @@ def _checkpoints(folder):
     return sorted((Path(folder) / "checkpoints").glob("*.eqx"), reverse=True)
 
 
+def _header_and_checksum(file):
+    """A checkpoint's header, and the checksum of all but the checksum that stands there."""
+    file.seek(0)
+    header = json.loads(file.readline())
+    checksum = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "sha256"}).encode())
+    while block := file.read(1 << 20):
+        checksum.update(block)
+    return header, checksum.hexdigest()
+
+
 def _intact_header(file):
     """A checkpoint's header, or None if its checksum does not fit."""
     try:
-        header = json.loads(file.readline())
-        checksum = _header_hash(header)
-        while block := file.read(1 << 20):
-            checksum.update(block)
-        return header if checksum.hexdigest() == header["sha256"] else None
+        header, checksum = _header_and_checksum(file)
+        return header if checksum == header["sha256"] else None
     except (ValueError, KeyError, AttributeError):
         return None
 
@@ -1269,8 +1244,7 @@ def _sinks(config, folder):
         if wanted:
             try:
                 yield sink(config, folder)
-            except ImportError:
-                missing = f"--{sink.name} needs packages that are missing: pip install -e '.[{sink.name}]'"
-                raise UserError(missing) from None
             except Exception as error:  # of any kind that these packages have
-                raise UserError(f"{sink.name} failed: {error!r}") from None
+                missing = f"needs packages that are missing: pip install -e '.[{sink.name}]'"
+                what = missing if isinstance(error, ImportError) else f"failed: {error!r}"
+                raise UserError(f"--{sink.name} {what}") from None
