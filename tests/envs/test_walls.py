@@ -12,11 +12,9 @@ from envs import mazes
 from envs.ant import Ant
 from envs.humanoid import Humanoid
 
-OPTIMISED = True
-
 WIND = 10.0
 """Metres per square second: about the weight of the robot, sideways."""
-STEPS, RANDOM = 200, 32
+STEPS, RANDOM = 200, 16
 DIRECTIONS = np.float32([[1, 0], [-1, 0], [0, 1], [0, -1], [0, 1]])
 # in u_maze: four cells with a wall in that direction, and one without
 CELLS = np.float32([[1, 1], [1, 1], [1, 3], [1, 1], [1, 1]])
