@@ -154,18 +154,14 @@ def test_all_thirty_families_begin_and_step_and_draw_different_tasks():
 # ---- states -------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnums=0)
-def scan(family, state, actions):
+def unroll(family, state, actions):
+    """The last state, and observations, rewards and successes of all steps (time, worlds, ...)."""
+
     def step(state, action):
         after = jax.vmap(family.step)(state, action)
         return after, (after.observation, after.reward, family.solved(after))
 
-    return jax.lax.scan(step, state, actions)
-
-
-def unroll(family, state, actions):
-    """The last state, and observations, rewards and successes of all steps (time, worlds, ...)."""
-    return jax.device_get(scan(family, state, actions))
+    return jax.device_get(jax.jit(partial(jax.lax.scan, step))(state, actions))
 
 
 @pytest.fixture(scope="module")

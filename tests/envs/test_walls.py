@@ -14,7 +14,7 @@ from envs.humanoid import Humanoid
 
 WIND = 10.0
 """Metres per square second: about the weight of the robot, sideways."""
-STEPS, RANDOM = 200, 10
+STEPS, RANDOM = 200, 16
 DIRECTIONS = np.float32([[1, 0], [-1, 0], [0, 1], [0, -1], [0, 1]])
 # in u_maze: four cells with a wall in that direction, and one without
 CELLS = np.float32([[1, 1], [1, 1], [1, 3], [1, 1], [1, 1]])
@@ -35,7 +35,7 @@ def blow(env, state, direction):
 
 
 @pytest.fixture(scope="module", params=[Ant, Humanoid], ids=["ant", "humanoid"])
-def driven(request):
+def driven(request, optimisations):
     """Positions of all links, and q, of robots in wind: for merged walls 200 steps, for a box a cell the first 40.
 
     The first four are limp and blown against a wall, the fifth along a free way. The others act at random, from cells
@@ -66,7 +66,9 @@ def driven(request):
         batched = jax.jit(jax.vmap(partial(rollout, env)))
         return jax.tree.map(np.asarray, batched(start, direction, actions[:, :steps]))
 
-    return envs[True].maze, {True: paths(envs[True], STEPS), False: paths(envs[False], 40)}, list(golden.values())
+    with optimisations():  # for 200 steps they are worth it
+        merged = paths(envs[True], STEPS)
+    return envs[True].maze, {True: merged, False: paths(envs[False], 40)}, list(golden.values())
 
 
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "a box a cell"])
