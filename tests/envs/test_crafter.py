@@ -109,15 +109,14 @@ def test_an_episode_of_the_full_game_is_that_of_craftax_alone(tmp_path):
     from craftax.craftax.envs.craftax_symbolic_env import CraftaxSymbolicEnvNoAutoReset
 
     env = envs.make("craftax_symbolic")
-    states = played_beside_craftax_alone(env, CraftaxSymbolicEnvNoAutoReset, steps=300)
+    states = played_beside_craftax_alone(env, CraftaxSymbolicEnvNoAutoReset, steps=160)
     assert (env.observation_shape, env.num_actions, len(env.achievement_names)) == ((8268,), 43, 67)
     assert all(env.achievement_names[each.value] == each.name.lower() for each in Achievement)
     unlocked = np.diff(np.array([state.achievements for state in states]).astype(int), axis=0)
     health = np.diff([state.physics.world.player_health for state in states])
-    # those that a random player unlocks in 300 steps are worth 1 each
+    # those that a random player unlocks in so few steps are worth 1 each
     rewards = np.array([state.reward for state in states[1:]])
     np.testing.assert_allclose(rewards, unlocked.sum(axis=1) + 0.1 * health, atol=1e-6)
-    print("UNLOCKED", np.flatnonzero(unlocked.sum(axis=1)))
     assert unlocked.sum() >= 2 and unlocked.min() == 0
     some = jax.tree.map(lambda *x: jnp.stack(x)[None], *states[:3])
     with Image.open(env.render(some, str(tmp_path / "film"))) as film:
