@@ -1,6 +1,7 @@
 """Task families: rewards and observations against NumPy on C MuJoCo's states, distributions of tasks, physics."""
 
 import copy
+import functools
 from pathlib import Path
 
 import jax
@@ -32,31 +33,21 @@ class Rollout:
 
     def __init__(self, name):
         self.env = env = envs.make(name)
-
-        def play(key):
-            reset_key, act_key = jax.random.split(key)
-            start = jax.vmap(env.reset)(jax.random.split(reset_key, NUM_ENVS))
-            actions = jax.random.uniform(act_key, (STEPS, NUM_ENVS, env.action_size), minval=-1, maxval=1)
-
-            def step(state, action):
-                after = jax.vmap(env.step)(state, action)
-                return after, after
-
-            return start, actions, jax.lax.scan(step, start, actions)[1]
-
-        start, self.actions, states = jax.device_get(jax.jit(play)(jax.random.key(0)))
-        join = lambda a, b: np.concatenate([a[None], b])
-        self.states = jax.tree.map(join, start, states)
+        step = lambda state, action: (after := jax.vmap(env.step)(state, action), after)
+        self.play = jax.jit(lambda start, actions: jax.lax.scan(step, start, actions)[1])
+        shape = STEPS, NUM_ENVS, env.action_size
+        self.actions = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+        start = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), NUM_ENVS))
+        start, states = jax.device_get((start, self.play(start, self.actions)))
+        self.states = jax.tree.map(lambda a, b: np.concatenate([a[None], b]), start, states)
 
 
-_rollouts = {}
+played = functools.cache(Rollout)
 
 
 @pytest.fixture(params=ROBOTS)
 def rollout(request):
-    if request.param not in _rollouts:
-        _rollouts[request.param] = Rollout(request.param)
-    return _rollouts[request.param]
+    return played(request.param)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -152,17 +143,14 @@ def test_rewards_equal_numpy_on_recorded_states(rollout):
 
 
 def test_episodes_end_where_the_fact_sheet_says():
-    robots = {name: envs.make(name) for name in ROBOTS}
-    starts = {name: jax.device_get(jax.jit(env.reset)(jax.random.key(0))) for name, env in robots.items()}
-
     def ended(name, height, pitch=0.0):
-        state = starts[name]
-        qpos = np.array(state.physics.qpos)
+        physics = jax.tree.map(lambda x: jnp.asarray(x[0, 0]), played(name).states.physics)
+        qpos = np.array(physics.qpos)
         if name == "walker_params":
             qpos[1], qpos[2] = height - 1.25, pitch
         else:
             qpos[2] = height
-        return bool(robots[name].fallen(state.physics._replace(qpos=jnp.asarray(qpos))))
+        return bool(played(name).env.fallen(physics._replace(qpos=jnp.asarray(qpos))))
 
     assert [ended("ant_dir", z) for z in (0.19, 0.21, 0.99, 1.01)] == [True, False, False, True]
     assert [ended("ant_goal", z) for z in (0.1, 1.2)] == [False, False]
@@ -276,7 +264,7 @@ def test_a_step_is_that_of_mujoco(rollout):
 
 
 def test_walkers_with_other_parameters_move_otherwise_and_only_the_four_fields_vary():
-    env = envs.make("walker_params")
+    env = played("walker_params").env
     tasks = jnp.stack([jnp.zeros(65), *(3.0 * jnp.eye(65)[i] for i in (1, 12, 36, 64)), jnp.full(65, -3.0)])
     bodies = [env.body(task) for task in tasks]
     plain = env.mjx_model
@@ -293,11 +281,11 @@ def test_walkers_with_other_parameters_move_otherwise_and_only_the_four_fields_v
     )
     np.testing.assert_allclose(bodies[4].geom_friction[7, 2], env.model.geom_friction[7, 2] * 1.5**3, rtol=1e-5)
     np.testing.assert_allclose(bodies[5].body_inertia, env.model.body_inertia * 1.5**-3, rtol=1e-5)
-    start = jax.vmap(env.with_task, (None, 0))(env.reset(jax.random.key(0)), tasks)
-    actions = jax.random.uniform(jax.random.key(1), (10, env.action_size), minval=-1, maxval=1)
-    step = lambda state, action: (jax.vmap(env.step, (0, None))(state, action), None)
-    end, _ = jax.jit(lambda start: jax.lax.scan(step, start, actions))(start)
-    qpos = np.asarray(end.physics.qpos)
+    states, actions = played("walker_params").states, played("walker_params").actions
+    one = jax.tree.map(lambda x: jnp.asarray(x[0, 0]), states)
+    start = jax.vmap(env.with_task, (None, 0))(one, jnp.resize(tasks, (NUM_ENVS, 65)))
+    after = played("walker_params").play(start, np.repeat(actions[:, :1], NUM_ENVS, axis=1))
+    qpos = np.asarray(after.physics.qpos[9])
     assert all(np.abs(qpos[i] - qpos[0]).max() > 1e-4 for i in (1, 2, 3, 5))
 
 

@@ -24,8 +24,9 @@ policies = pytest.importorskip("metaworld.policies")
 WORLDS, STEPS = 3, 12
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def family():
+    """One for all tests, whose workers some of them end: others follow."""
     family = envs.make("metaworld_push", workers=2)
     yield family
     family.close()
@@ -163,7 +164,7 @@ def unroll(family, state, actions):
     return jax.device_get(jax.jit(partial(jax.lax.scan, step))(state, actions))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def episode(family):
     """Starts, given actions, and the last state and what was seen on the way."""
     actions = np.random.default_rng(0).uniform(-1, 1, (STEPS, WORLDS, 4)).astype(np.float32)
@@ -236,7 +237,8 @@ def test_workers_do_without_jax(family):
         assert "jaxlib" not in Path(f"/proc/{worker._process.pid}/maps").read_text()
 
 
-def test_an_install_that_does_not_start_is_one_line_before_any_compilation(family, monkeypatch):
+def test_an_install_that_does_not_start_is_one_line_before_any_compilation(monkeypatch):
+    family = envs.make("metaworld_push", workers=2)
     monkeypatch.setattr(family.pool, "_command", ["python", "-c", "raise ImportError('No module named packaging')"])
     config = run.configure(rl2.Config, rl2.RECIPES, None, ["rl2", "--env=metaworld_push"])
     with pytest.raises(
@@ -368,7 +370,7 @@ TINY = [
 
 
 @pytest.mark.slow
-def test_cocoa_ends_the_same_after_a_dead_worker_and_a_kill(tmp_path, cache):
+def test_cocoa_ends_the_same_after_a_dead_worker(tmp_path, cache):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     done = SCRIPT.run(*TINY, f"--run_dir={whole}", cwd=tmp_path, env=cache)
     assert re.search("4 train tasks, 2 test tasks, by Meta-World in [0-9]+ processes", done.stdout)
@@ -385,6 +387,4 @@ def test_cocoa_ends_the_same_after_a_dead_worker_and_a_kill(tmp_path, cache):
     assert re.search(r"^error: Meta-World worker \d died \(signal SIGKILL.*--resume", err, re.MULTILINE)
     saved = max(int(path.stem) for path in (folder / "checkpoints").glob("*.eqx"))
     assert saved == int(metrics(folder)[-1]["env_steps"]), "nothing that was trained is lost"
-    *_, code = SCRIPT.signalled(signal.SIGKILL, folder, [f"--resume={folder}"], tmp_path, len(rows) // 2, cache)
-    assert code == -signal.SIGKILL
     SCRIPT.check_ends_as(whole, folder, tmp_path, cache)

@@ -11,7 +11,20 @@ from envs import minicraft
 from envs.minicraft import ACTIONS, GRASS, IRON, SIZE, STONE, TABLE, TREE, World
 
 ENV = envs.make("minicraft")
+BATCH = 500
+RESET, STEP = jax.jit(jax.vmap(ENV.reset)), jax.jit(jax.vmap(ENV.step))
+"""Of so many worlds, that they are compiled once."""
 NEEDS = {"wood": TREE, "stone": STONE, "iron": IRON}
+
+
+@pytest.fixture(scope="module")
+def starts():
+    return RESET(jax.random.split(jax.random.key(1), BATCH))
+
+
+def step(states, actions):
+    """Each world takes its action; of a few, the rest of the batch repeats them."""
+    return STEP(states, jnp.asarray(np.resize(actions, BATCH), jnp.int32))
 
 
 class Model:
@@ -54,47 +67,47 @@ class Model:
         return len(self.done) - before
 
 
-def test_random_play_follows_the_rules():
+def test_random_play_follows_the_rules(starts):
     """From bags that are full at random, so that late rules apply too; 60 worlds of 150 steps."""
     rng = np.random.default_rng(0)
-    states = jax.vmap(ENV.reset)(jax.random.split(jax.random.key(0), 60))
     bags = rng.integers(0, 3, (60, 5))
-    states = states._replace(physics=states.physics._replace(inventory=jnp.array(bags, jnp.int32)))
-    models = [Model(np.asarray(c), p) for c, p in zip(states.physics.cells, states.physics.position)]
+    inventory = jnp.asarray(np.resize(bags, (BATCH, 5)), jnp.int32)
+    states = starts._replace(physics=starts.physics._replace(inventory=inventory))
+    models = [Model(np.asarray(starts.physics.cells[i]), starts.physics.position[i]) for i in range(60)]
     for model, bag in zip(models, bags):
         model.bag = dict(zip(model.bag, map(int, bag)))
-    step, seen = jax.jit(jax.vmap(ENV.step)), set()
+    seen = set()
     for _ in range(150):
         actions = rng.integers(len(ACTIONS), size=60)
-        states = step(states, jnp.array(actions, jnp.int32))
+        states = step(states, actions)
         rewards = [model.act(ACTIONS[a]) for model, a in zip(models, actions)]
-        np.testing.assert_array_equal(states.reward, rewards)
-        world = jax.device_get(states.physics._replace(key=None))
+        np.testing.assert_array_equal(states.reward[:60], rewards)
+        world, achievements = jax.device_get((states.physics._replace(key=None), states.achievements))
         for i, model in enumerate(models):
             assert tuple(world.position[i]) == model.position and tuple(world.facing[i]) == model.facing
             assert list(world.inventory[i]) == list(model.bag.values())
             assert {(x, y): world.cells[i, x, y] for x, y in model.cells} == model.cells
-            assert {n for n, bit in zip(ENV.achievement_names, states.achievements[i]) if bit} == model.done
+            assert {n for n, bit in zip(ENV.achievement_names, achievements[i]) if bit} == model.done
             seen |= model.done
     assert seen == set(ENV.achievement_names)
 
 
-def test_a_world_is_played_through_in_the_only_order():
+def test_a_world_is_played_through_in_the_only_order(starts):
     cells = np.full((SIZE, SIZE), GRASS)
     cells[0, 0], cells[2, 0], cells[2, 2] = TREE, STONE, IRON
     world = World(jnp.array(cells), jnp.array([1, 0]), jnp.array([0, 1]), jnp.zeros(5, jnp.int32), jax.random.key(0))
-    state = ENV.reset(jax.random.key(0))._replace(physics=world)
+    states = starts._replace(physics=jax.tree.map(lambda x: jnp.broadcast_to(x, (BATCH, *x.shape)), world))
     plan = "left collect collect down place_table make_wood_pickaxe up right collect down make_stone_pickaxe right "
     plan += "down collect"
-    step, order = jax.jit(ENV.step), []
+    order = []
     for action in plan.split():
-        before, state = state.achievements, step(state, jnp.array(ACTIONS.index(action), jnp.int32))
-        order += [name for name, new in zip(ENV.achievement_names, state.achievements & ~before) if new]
+        before, states = states.achievements, step(states, ACTIONS.index(action))
+        order += [name for name, new in zip(ENV.achievement_names, (states.achievements & ~before)[0]) if new]
     assert order == list(ENV.achievement_names)
 
 
-def test_a_reset_draws_a_world_and_an_observation_shows_what_is_around():
-    states = jax.vmap(ENV.reset)(jax.random.split(jax.random.key(1), 500))
+def test_a_reset_draws_a_world_and_an_observation_shows_what_is_around(starts):
+    states = jax.device_get(starts._replace(physics=starts.physics._replace(key=None)))
     assert not states.achievements.any() and states.observation.shape == (500, *ENV.observation_shape)
     for kind, count in minicraft.COUNTS.items():
         assert ((states.physics.cells == kind).sum(axis=(1, 2)) == count).all()
@@ -109,18 +122,20 @@ def test_a_reset_draws_a_world_and_an_observation_shows_what_is_around():
     np.testing.assert_array_equal(view.argmax(-1), around)
     noise = np.asarray(states.observation[:, -minicraft.NOISE :])
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
-    after = jax.vmap(ENV.step)(states, jnp.zeros(500, jnp.int32)).observation[:, -minicraft.NOISE :]
+    after = step(starts, 0).observation[:, -minicraft.NOISE :]
     assert abs(np.corrcoef(noise.ravel(), np.asarray(after).ravel())[0, 1]) < 0.04
 
 
-def test_the_film_shows_every_step(tmp_path):
-    states = jax.vmap(ENV.reset)(jax.random.split(jax.random.key(0), 2))
-    films = jax.lax.scan(lambda s, a: (jax.vmap(ENV.step)(s, a), s), states, jnp.tile(jnp.arange(8)[:, None], 2))[1]
-    path = ENV.render(jax.tree.map(lambda x: x.swapaxes(0, 1), films), str(tmp_path / "film"))
+def test_the_film_shows_every_step(starts, tmp_path):
+    states = [starts]
+    for action in range(7):
+        states.append(step(states[-1], action))
+    films = jax.tree.map(lambda *x: jnp.stack([each[:2] for each in x], axis=1), *states)
+    path = ENV.render(films, str(tmp_path / "film"))
     with Image.open(path) as film:
         assert film.n_frames >= 2 and film.size[0] > film.size[1]
 
 
-def test_actions_are_integers():
+def test_actions_are_integers(starts):
     with pytest.raises(Exception, match="action"):
-        ENV.step(ENV.reset(jax.random.key(0)), jnp.zeros(1))
+        ENV.step(jax.tree.map(lambda x: x[0], starts), jnp.zeros(1))

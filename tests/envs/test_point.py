@@ -229,14 +229,15 @@ def test_pixels_are_the_same_task(tmp_path):
     """Starts, goals, steps, rewards and distances are those of the maze without images."""
     env, seen = envs.make("point_u4_maze"), envs.make("point_u4_maze_pixels")
     keys = jax.random.split(jax.random.key(2), 300)
-    state, image = jax.vmap(env.reset)(keys), jax.vmap(seen.reset)(keys)
+    (reset, step), (see, act) = ([jax.jit(jax.vmap(f)) for f in (each.reset, each.step)] for each in (env, seen))
+    state, image = reset(keys), see(keys)
     toward = state.goal - state.observation
     action = toward / jnp.linalg.norm(toward, axis=1, keepdims=True)
     for _ in range(3):
         np.testing.assert_allclose(seen.position(image.observation), state.observation, atol=0.007)
         np.testing.assert_allclose(seen.position(image.goal), state.goal, atol=0.007)
         np.testing.assert_allclose(jax.vmap(seen.distance)(image), jax.vmap(env.distance)(state), atol=0.014)
-        state, image = jax.vmap(env.step)(state, action), jax.vmap(seen.step)(image, action)
+        state, image = step(state, action), act(image, action)
     np.testing.assert_array_equal(image.physics, state.physics)
     clear = np.abs(jax.vmap(env.distance)(state) - env.success_radius) > 0.014
     assert state.reward.sum() > 2

@@ -76,18 +76,6 @@ def test_sizes_are_the_published_ones_and_those_of_the_states(name):
         assert jax.tree.structure(placed) == jax.tree.structure(state)
 
 
-@pytest.mark.parametrize(
-    "name", ["ant_ball", "ant_push", "humanoid_u_maze", "reacher", "pusher2", "half_cheetah", "simple_u_maze"]
-)
-def test_every_robot_is_rendered_to_one_page_that_needs_no_network(name, tmp_path):
-    """The arms' test is in their own file, the ant's and the point's are those of whole runs."""
-    env = envs.make(name)
-    state = jax.jit(env.reset)(jax.random.key(0))
-    path = env.render(jax.tree.map(lambda x: x[None, None], state), str(tmp_path / "film"))
-    page = Path(path).read_text()
-    assert name in page and "http" not in page and page.count('"link":') >= len(env.shapes) - 1 > 1
-
-
 def test_names_are_every_task_and_every_robot_in_every_maze():
     names = envs.names()
     assert {*PAPER, *OTHERS} <= set(names)

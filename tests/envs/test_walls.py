@@ -12,14 +12,20 @@ from envs import mazes
 from envs.ant import Ant
 from envs.humanoid import Humanoid
 
-OPTIMISED = True
-
 WIND = 10.0
 """Metres per square second: about the weight of the robot, sideways."""
-STEPS, RANDOM = 200, 32
+STEPS, RANDOM = 200, 8
 DIRECTIONS = np.float32([[1, 0], [-1, 0], [0, 1], [0, -1], [0, 1]])
 # in u_maze: four cells with a wall in that direction, and one without
 CELLS = np.float32([[1, 1], [1, 1], [1, 3], [1, 1], [1, 1]])
+GOLDEN = {
+    # start in u_maze, and q[:7] after 20 steps of the actions sin(t (k + 1) / 10): the published code's numbers
+    Ant: {
+        (4.0, 4.0): [4.14493, 2.88517, 0.83042, 0.88980, -0.38312, 0.07783, 0.23543],
+        (5.3, 4.0): [4.93916, 3.02557, 0.88566, 0.88554, -0.37235, 0.09864, 0.25970],  # a foot touches the wall
+    },
+    Humanoid: {(2.0, 2.0): [2.04272, 2.00689, 1.22796, 0.96595, -0.02187, -0.23137, -0.11373]},
+}
 
 
 def blow(env, state, direction):
@@ -29,12 +35,14 @@ def blow(env, state, direction):
 
 
 @pytest.fixture(scope="module", params=[Ant, Humanoid], ids=["ant", "humanoid"])
-def driven(request):
+def driven(request, optimisations):
     """Positions of all links, and q, of robots in wind: for merged walls 200 steps, for a box a cell the first 40.
 
     The first four are limp and blown against a wall, the fifth along a free way. The others act at random, from cells
-    all over the maze, in wind from all sides: they hit walls, also at the seams of boxes.
+    all over the maze, in wind from all sides: they hit walls, also at the seams of boxes. Between them are those of the
+    golden rollouts, without wind.
     """
+    golden = GOLDEN[request.param]
     envs = {merged: request.param("u_maze", merged_walls=merged) for merged in (True, False)}
     cell, size = envs[True].maze.cell_size, envs[True].action_size
     keys = jax.random.split(jax.random.key(0), 3)
@@ -42,9 +50,10 @@ def driven(request):
     direction = jnp.stack([jnp.cos(angle), jnp.sin(angle)], axis=1)
     start = jax.random.choice(keys[1], jnp.asarray(envs[True].maze.corridor()), (RANDOM,)) + 0.2 * cell * direction
     actions = jax.random.uniform(keys[2], (RANDOM, STEPS, size), minval=-1, maxval=1)
-    start = jnp.concatenate([CELLS * cell, start])
-    direction = jnp.concatenate([DIRECTIONS, direction])
-    actions = jnp.concatenate([jnp.zeros((5, STEPS, size)), actions])
+    start = jnp.concatenate([CELLS * cell, jnp.array([*golden]), start])
+    direction = jnp.concatenate([DIRECTIONS, jnp.zeros((len(golden), 2)), direction])
+    waves = np.sin(0.1 * np.outer(np.arange(1, STEPS + 1), np.arange(1, size + 1)))
+    actions = jnp.concatenate([jnp.zeros((5, STEPS, size)), jnp.stack([waves] * len(golden)), actions])
 
     def rollout(env, start, direction, actions):
         def step(state, action):
@@ -57,11 +66,19 @@ def driven(request):
         batched = jax.jit(jax.vmap(partial(rollout, env)))
         return jax.tree.map(np.asarray, batched(start, direction, actions[:, :steps]))
 
-    return envs[True].maze, {True: paths(envs[True], STEPS), False: paths(envs[False], 40)}
+    with optimisations():  # for 200 steps they are worth it
+        merged = paths(envs[True], STEPS)
+    return envs[True].maze, {True: merged, False: paths(envs[False], 40)}, list(golden.values())
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "a box a cell"])
+def test_golden_rollouts_in_a_maze(driven, merged):
+    _, paths, golden = driven
+    np.testing.assert_allclose(paths[merged][1][5:-RANDOM, 19, :7], golden, atol=1e-4)
 
 
 def test_a_robot_driven_into_a_wall_for_200_steps_never_passes_through(driven):
-    maze, paths = driven
+    maze, paths, _ = driven
     links, cell = paths[True][0][:4], maze.cell_size
     for path, direction, start in zip(links[:, :, 0, :2], DIRECTIONS, CELLS * cell):
         ahead = (path - start) @ direction
@@ -73,8 +90,8 @@ def test_a_robot_driven_into_a_wall_for_200_steps_never_passes_through(driven):
 
 def test_torsos_of_robots_that_act_at_random_never_pass_through_walls(driven):
     """Until they fall: an ant's torso may then sink through the floor, under the walls."""
-    maze, paths = driven
-    links, q = (x[5:] for x in paths[True])
+    maze, paths, _ = driven
+    links, q = (x[-RANDOM:] for x in paths[True])
     depth = depth_in_walls(maze, links[:, :, :1])[..., 0]
     fallen = np.cumsum((q[..., 2] < 0.2) | (q[..., 2] > 2), axis=1) > 0
     assert (~fallen).sum() > 500
@@ -91,14 +108,14 @@ def depth_in_walls(maze, points):
 
 
 def test_the_wind_moves_a_robot_that_no_wall_stops(driven):
-    maze, paths = driven
+    maze, paths, _ = driven
     assert np.abs(paths[True][0][4, :, 0, 1] - maze.cell_size).max() > 1.5 * maze.cell_size
 
 
 def test_rollouts_agree_with_unmerged_walls(driven):
     """Contacts are averaged over the boxes a link touches, so that a seam makes a difference, which then grows."""
-    maze, paths = driven
-    merged, single = (paths[kind][1][5:, :40, :7] for kind in (True, False))
+    maze, paths, _ = driven
+    merged, single = (paths[kind][1][-RANDOM:, :40, :7] for kind in (True, False))
     travelled = np.abs(single[:, -1, :2] - single[:, 0, :2]).max(axis=1)
     assert np.median(travelled) > maze.cell_size / 4
     difference = np.abs(merged - single).max(axis=2)
