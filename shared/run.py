@@ -496,8 +496,8 @@ class Run:
       recipes: the script's, as for `configure`.
       scores: what to show of evaluations.
       unsaved: fields of the state that checkpoints leave out; a restored state has None there.
-      worlds: vectorised environments or task families, closed at the end. A RuntimeError that is their failure becomes
-        a UserError, and the state before the chunk is saved.
+      worlds: vectorised environments or task families, closed at the end. An error that is their failure (of which JAX
+        has several kinds) becomes a UserError, and the state before the chunk is saved.
       environments: fields of the state that can be spread over devices by environments -> the axis of those; where
         there is one seed, and the script calls `spread` on its batches.
 
@@ -553,7 +553,7 @@ class Run:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self.progress.close()
-        failures = [world.failure for world in self._worlds if world.failure and isinstance(error, RuntimeError)]
+        failures = [world.failure for world in self._worlds if world.failure and isinstance(error, Exception)]
         if failures and self._latest and not any(x.is_deleted() for x in jax.tree.leaves(self._latest)):
             with contextlib.suppress(UserError):  # of a full disk: the failure is the news
                 self.save(self._latest)

@@ -370,7 +370,7 @@ TINY = [
 
 
 @pytest.mark.slow
-def test_cocoa_ends_the_same_after_a_dead_worker(tmp_path, cache):
+def test_cocoa_ends_the_same_after_a_dead_worker_and_a_kill(tmp_path, cache):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     done = SCRIPT.run(*TINY, f"--run_dir={whole}", cwd=tmp_path, env=cache)
     assert re.search("4 train tasks, 2 test tasks, by Meta-World in [0-9]+ processes", done.stdout)
@@ -387,4 +387,6 @@ def test_cocoa_ends_the_same_after_a_dead_worker(tmp_path, cache):
     assert re.search(r"^error: Meta-World worker \d died \(signal SIGKILL.*--resume", err, re.MULTILINE)
     saved = max(int(path.stem) for path in (folder / "checkpoints").glob("*.eqx"))
     assert saved == int(metrics(folder)[-1]["env_steps"]), "nothing that was trained is lost"
+    *_, code = SCRIPT.signalled(signal.SIGKILL, folder, [f"--resume={folder}"], tmp_path, len(rows) // 2, cache)
+    assert code == -signal.SIGKILL
     SCRIPT.check_ends_as(whole, folder, tmp_path, cache)

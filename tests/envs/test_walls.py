@@ -14,7 +14,7 @@ from envs.humanoid import Humanoid
 
 WIND = 10.0
 """Metres per square second: about the weight of the robot, sideways."""
-STEPS, RANDOM = 200, 8
+STEPS, RANDOM = 200, 16
 DIRECTIONS = np.float32([[1, 0], [-1, 0], [0, 1], [0, -1], [0, 1]])
 # in u_maze: four cells with a wall in that direction, and one without
 CELLS = np.float32([[1, 1], [1, 1], [1, 3], [1, 1], [1, 1]])

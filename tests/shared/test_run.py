@@ -826,20 +826,22 @@ def test_a_program_of_one_seed_is_compiled_as_it_is_and_adds_no_columns(tmp_path
         assert log.columns == [] and log.compile_seconds > 0
 
 
-@pytest.mark.parametrize(("failure", "error"), [("a worker died", run.UserError), (None, RuntimeError)])
-def test_environments_are_closed_and_their_failure_is_one_line(tmp_path, failure, error):
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+@pytest.mark.parametrize("failure", ["a worker died", None])
+def test_environments_are_closed_and_their_failure_is_one_line(tmp_path, failure, kind):
+    """An error of a callback is a ValueError where JAX calls a jitted function for the second time."""
     for saved, said in ((False, "a worker died$"), (True, "a worker died; to go on .*: --resume")):
         closed = []
         worlds = [
             SimpleNamespace(failure=f, close=lambda f=f, closed=closed: closed.append(f)) for f in (None, failure)
         ]
         with (
-            pytest.raises(error, match=said if failure else "another fault"),
+            pytest.raises(run.UserError if failure else kind, match=said if failure else "another fault"),
             run.Run(Config(run_dir=str(tmp_path / "r")), "test", RECIPES, SCORES, worlds=worlds) as log,
         ):
             if saved:
                 log.save(state_at(20))
-            raise RuntimeError("another fault")
+            raise kind("another fault")
         assert closed == [None, failure]
 
 
