@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from shared.run import TIMING_COLUMNS
 
 
@@ -30,12 +32,26 @@ def check_close(one, other, rows=8) -> None:
             assert close, (name, a[name], b[name])
 
 
+def train(script, *flags) -> None:
+    """Runs a script in this process, without its pictures."""
+    drawing = (script, "draw") if hasattr(script, "draw") else (script.pictures, "draw_goal_reaching")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*drawing, lambda *_: None)
+        script.main([script.__name__, *flags])
+
+
+def lose_last_checkpoint(folder) -> tuple[Path, Path]:
+    """As if a run had been killed before it was saved. Returns the path of the one before, and of that one."""
+    *_, before, last = sorted((folder / "checkpoints").glob("*.eqx"), key=lambda path: int(path.stem))
+    last.unlink()
+    return before, last
+
+
 def check_repeats_its_end(script, whole) -> None:
     """A finished run that lost its last checkpoint goes on from the one before, and ends with the same metrics."""
     again = shutil.copytree(whole, whole.with_name("again"))
-    before, last = sorted((again / "checkpoints").glob("*.eqx"), key=lambda path: int(path.stem))
-    last.unlink()
-    script.main([script.__name__, f"--resume={again}"])
+    before, last = lose_last_checkpoint(again)
+    train(script, f"--resume={again}")
     assert last.exists() and metrics(again) == metrics(whole)
     assert int(metrics(whole)[0]["env_steps"]) < int(before.stem) < int(metrics(whole)[-1]["env_steps"])
 

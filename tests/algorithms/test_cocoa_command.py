@@ -6,7 +6,7 @@ from functools import partial
 
 import jax
 import pytest
-from commands import Script, metrics
+from commands import Script, check_repeats_its_end, metrics, train
 
 import probe_embedding
 from algorithms import cocoa
@@ -103,10 +103,11 @@ def test_killed_stopped_and_resumed_it_ends_with_the_same_metrics(reference, cac
     SCRIPT.check_interruptions(reference, cache, signal.SIGTERM)
 
 
-def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, cache):
-    flags = [*TINY, "--total_env_steps=12000", "--learning_rate=1e38", f"--run_dir={tmp_path / 'r'}"]
-    done = SCRIPT.run(*flags, cwd=tmp_path, code=2, env=cache)
-    assert re.search(r"^error: .* gradient step \d+.*; training stopped", done.stderr, re.MULTILINE)
+def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        train(cocoa, *TINY, "--total_env_steps=12000", "--learning_rate=1e38", f"--run_dir={tmp_path / 'r'}")
+    assert end.value.code == 2
+    assert re.search(r"^error: .* gradient step \d+.*; training stopped", capsys.readouterr().err, re.MULTILINE)
     assert list((tmp_path / "r" / "checkpoints").glob("*.eqx"))
 
 
@@ -125,22 +126,19 @@ PEARL = ENCODER + 2 * NETWORK(9, 1) + NETWORK(7, 4) + NETWORK(7, 1)
         ("--env=sparse_point_goal", "CoCOA", PEARL, "eval/return_adapted", "eval/return_oracle"),
     ],
 )
-def test_each_switch_changes_what_it_says(flag, what, parameters, present, absent, tmp_path, cache):
-    folder = tmp_path / "run"
-    flags, env = [*TINY, flag, "--total_env_steps=1300", f"--run_dir={folder}"], cache | {"JAX_DEBUG_NANS": "1"}
-    out, *_ = SCRIPT.signalled(signal.SIGKILL, folder, flags, tmp_path, rows=1, env=env)  # all, before its pictures
+def test_each_switch_changes_what_it_says(flag, what, parameters, present, absent, tmp_path, capsys):
+    with jax.debug_nans(True):
+        train(cocoa, *TINY, flag, "--total_env_steps=1300", f"--run_dir={tmp_path}")
+    out = capsys.readouterr().out
     assert re.search(f"^{what}", out, re.MULTILINE) and re.search(f"agent +{parameters:,} parameters", out)
-    (row,) = metrics(folder)
+    (row,) = metrics(tmp_path)
     assert row[present] and not any(name.startswith(absent) for name in row)
 
 
 @pytest.mark.slow
-def test_half_cheetahs_train_adapt_and_end_the_same_after_a_kill(tmp_path, cache):
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    flags = [*ROBOT, "--total_env_steps=800"]
-    SCRIPT.run(*flags, f"--run_dir={whole}", cwd=tmp_path, env=cache)
+def test_half_cheetahs_train_adapt_and_end_the_same_again(tmp_path):
+    whole = tmp_path / "whole"
+    cocoa.main(["cocoa.py", *ROBOT, "--total_env_steps=800", f"--run_dir={whole}"])
     assert {path.name for path in whole.iterdir()} >= {*FIGURES, "rollout.html"}
     assert -100 < float(metrics(whole)[-1]["eval/return_adapted"]) < 0, "some m/s off, for 20 steps, and effort"
-    *_, code = SCRIPT.signalled(signal.SIGKILL, folder, [*flags, f"--run_dir={folder}"], tmp_path, 2, cache)
-    assert code == -signal.SIGKILL
-    SCRIPT.check_ends_as(whole, folder, tmp_path, cache)
+    check_repeats_its_end(cocoa, whole)

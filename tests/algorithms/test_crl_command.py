@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import Script, check_close, metrics
+from commands import Script, check_close, lose_last_checkpoint, metrics, train
 
 import envs
 from algorithms import crl
@@ -28,7 +28,7 @@ REFERENCE = [*TINY, "--num_seeds=2", "--total_env_steps=8000"]
 
 
 SCRIPT = Script(crl)
-run_to_end, start_and_signal = SCRIPT.run, SCRIPT.signalled
+run_to_end = SCRIPT.run
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +72,18 @@ def test_killed_stopped_and_resumed_it_ends_with_the_same_metrics(reference, cac
     SCRIPT.check_interruptions(reference, cache, signal.SIGTERM)
 
 
-def test_without_the_replay_in_its_checkpoint_a_run_refills_it_and_says_so(reference, cache):
+def test_without_the_replay_in_its_checkpoint_a_run_refills_it_and_says_so(reference, capsys):
     folder, flags, _ = reference
     small = folder / "small"
-    flags = [*flags, "--checkpoint_replay=false", f"--run_dir={small}"]
-    *_, code = start_and_signal(signal.SIGKILL, small, flags, folder, 40, cache)
-    assert code == -signal.SIGKILL
+    train(crl, *flags, "--checkpoint_replay=false", f"--run_dir={small}")
+    lose_last_checkpoint(small)
     sizes = [
         max(p.stat().st_size for p in (folder / name / "checkpoints").glob("*.eqx")) for name in ("small", "whole")
     ]
     assert sizes[0] < sizes[1]
-    out = SCRIPT.go_on(folder / "whole", small, folder, cache)
-    assert "refilling it with the current policy" in out
+    capsys.readouterr()
+    train(crl, f"--resume={small}")
+    assert "refilling it with the current policy" in capsys.readouterr().out
     assert [row["env_steps"] for row in metrics(small)] == [row["env_steps"] for row in metrics(folder / "whole")]
 
 
@@ -114,7 +114,7 @@ def test_two_processes_are_one_run_that_one_can_go_on_with(reference, cache):
     (out, _), (other_out, _) = (process.communicate() for process in both)
     assert "seeds over 2 devices" in out and "run folder" not in other_out
     check_close(folder / "two", folder / "whole")
-    SCRIPT.go_on(folder / "whole", folder / "two", folder, cache)
+    train(crl, f"--resume={folder / 'two'}")
     assert [row["env_steps"] for row in metrics(folder / "two")] == [r["env_steps"] for r in metrics(folder / "whole")]
     check_close(folder / "two", folder / "whole")
 
@@ -148,18 +148,18 @@ UNFADING = [*TINY, "--final_lr_fraction=1", "--random_goals=0"]
 
 
 @pytest.fixture(scope="module")
-def unfading(tmp_path_factory, cache):
+def unfading(tmp_path_factory):
     """A run of one seed whose learning rates do not fall: what it does at a step does not depend on its length, and as
     1600 steps are a multiple of eval_every, a run that ends there has no row with an evaluation of its own."""
     folder = tmp_path_factory.mktemp("unfading") / "whole"
-    run_to_end(*UNFADING, "--total_env_steps=2400", f"--run_dir={folder}", cwd=folder.parent, env=cache)
+    train(crl, *UNFADING, "--total_env_steps=2400", f"--run_dir={folder}")
     return folder
 
 
-def test_a_finished_run_goes_on_as_if_it_had_been_planned_longer(unfading, tmp_path, cache):
-    folder = tmp_path / "run"
-    run_to_end(*UNFADING, "--total_env_steps=1600", f"--run_dir={folder}", cwd=tmp_path, env=cache)
-    SCRIPT.check_ends_as(unfading, folder, tmp_path, cache, "--total_env_steps=2400")
+def test_a_finished_run_goes_on_as_if_it_had_been_planned_longer(unfading, tmp_path):
+    train(crl, *UNFADING, "--total_env_steps=1600", f"--run_dir={tmp_path}")
+    train(crl, f"--resume={tmp_path}", "--total_env_steps=2400")
+    assert metrics(tmp_path) == metrics(unfading)
 
 
 def test_environments_of_one_seed_on_four_devices_train_the_same(unfading, tmp_path, cache):
@@ -175,7 +175,7 @@ def test_environments_of_one_seed_on_four_devices_train_the_same(unfading, tmp_p
     assert facts["collect"]["reused"] > 0 and facts["learn"]["reused"] > 0
     check_close(folder, unfading)
     # and on one device from where four had come
-    SCRIPT.go_on(unfading, folder, tmp_path, cache, "--devices=1", "--total_env_steps=2400")
+    train(crl, f"--resume={folder}", "--devices=1", "--total_env_steps=2400")
     check_close(folder, unfading, rows=None)
 
 
@@ -193,8 +193,10 @@ def test_a_run_whose_learning_rates_have_fallen_does_not_go_on(reference, tmp_pa
         ["--goals=fixed", "--relabel=published", "--dtype=bfloat16", "--energy=cosine", "--loss=sym_infonce"],
     ],
 )
-def test_settings_run_from_any_folder_with_finite_losses(flags, tmp_path, cache):
-    run_to_end(*TINY, "--total_env_steps=240", *flags, cwd=tmp_path, env=cache | {"JAX_DEBUG_NANS": "1"})
+def test_settings_run_from_any_folder_with_finite_losses(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with jax.debug_nans(True):
+        train(crl, *TINY, "--total_env_steps=240", *flags)
     (folder,) = (tmp_path / "runs" / "crl" / "point_u_maze").iterdir()
     assert re.fullmatch(r"total_env_steps=240-num_envs=\d+-.*seed=0-\d{8}-\d{6}", folder.name)
     assert all(abs(float(row["train/critic_loss"])) < 1e6 for row in metrics(folder))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import Script, metrics
+from commands import Script, metrics, train
 from PIL import Image
 
 from algorithms import ppo_ad
@@ -85,7 +85,7 @@ def test_killed_in_the_middle_of_an_auxiliary_phase_it_ends_with_the_same_metric
     """A long phase begins after the second rollout."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = [*TINY, "--auxiliary_epochs=150", "--total_env_steps=240", "--checkpoint_every=80"]
-    SCRIPT.run(*flags, f"--run_dir={whole}", cwd=tmp_path, env=cache)
+    train(ppo_ad, *flags, f"--run_dir={whole}")
     first, second, *_ = (float(row["seconds"]) for row in csv.DictReader((whole / "metrics.csv").open()))
     phase = second - first
     assert phase > 0.6
@@ -96,26 +96,18 @@ def test_killed_in_the_middle_of_an_auxiliary_phase_it_ends_with_the_same_metric
 
     *_, code = SCRIPT.interfered(kill, killed, [*flags, f"--run_dir={killed}"], tmp_path, 1, cache)
     assert code == -signal.SIGKILL and len(metrics(killed)) == 1
-    SCRIPT.check_ends_as(whole, killed, tmp_path, cache)
+    train(ppo_ad, f"--resume={killed}")
+    assert metrics(killed) == metrics(whole)
 
 
-def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, cache):
-    flags = [*TINY, "--total_env_steps=8000", "--learning_rate=1e38", f"--run_dir={tmp_path / 'r'}"]
-    done = SCRIPT.run(*flags, cwd=tmp_path, code=2, env=cache)
+def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        train(ppo_ad, *TINY, "--total_env_steps=8000", "--learning_rate=1e38", f"--run_dir={tmp_path / 'r'}")
+    assert end.value.code == 2
     loss = r"train/\w*loss is \S+ at env step \d+ of seed 0"
     parameter = r"a parameter is not finite after gradient step \d+"
-    assert re.search(f"^error: ({loss}|{parameter})", done.stderr, re.MULTILINE)
+    assert re.search(f"^error: ({loss}|{parameter})", capsys.readouterr().err, re.MULTILINE)
     assert list((tmp_path / "r" / "checkpoints").glob("*.eqx"))
-
-
-def ablation(flag, tmp_path, cache):
-    """What a run with one more flag says it is and how many parameters it has, and its last metrics."""
-    folder = tmp_path / "run"
-    flags, env = [*TINY, flag, "--total_env_steps=480", f"--run_dir={folder}"], cache | {"JAX_DEBUG_NANS": "1"}
-    out, *_ = SCRIPT.signalled(signal.SIGKILL, folder, flags, tmp_path, rows=6, env=env)  # all, before its pictures
-    what, parameters, *_ = [line for line in out.splitlines() if re.search("PPO|parameters", line)]
-    assert len(metrics(folder)) == 6
-    return what, int(parameters.split()[1].replace(",", "")), metrics(folder)[-1]
 
 
 # the encoder: 189 x 16 + 16; LayerNorm and product, twice. The heads of 8 actions and a value. FiLM: LayerNorm, 8 x 16,
@@ -139,10 +131,13 @@ ALL = PPO + 16 * 9 + (16 + 128 + 17 * 32) + (64 + 512 + 17 * 16)
         ("--memory=false", "PPO with matching, prediction", ALL - 432, "auxiliary/matching_loss", "nothing"),
     ],
 )
-def test_each_switch_takes_its_part_out(flag, what, parameters, present, absent, tmp_path, cache):
-    *printed, row = ablation(flag, tmp_path, cache)
-    assert printed == [what, parameters]
-    assert present in row and not any(name.startswith(absent) for name in row)
+def test_each_switch_takes_its_part_out(flag, what, parameters, present, absent, tmp_path, capsys):
+    with jax.debug_nans(True):
+        train(ppo_ad, *TINY, flag, "--total_env_steps=480", f"--run_dir={tmp_path}")
+    out, rows = capsys.readouterr().out, metrics(tmp_path)
+    assert f"\n{what}\n" in out and re.search(f"agent +{parameters:,} parameters", out)
+    assert len(rows) == 6
+    assert present in rows[-1] and not any(name.startswith(absent) for name in rows[-1])
 
 
 def test_a_loaded_agent_is_the_runs(reference):
