@@ -667,6 +667,8 @@ TABLES = {
     "depth": partial(depth_table, "point_depth", "maze", "`point_{}_maze`"),
     "choices": partial(choices_table, "point_choices"),
     "blocks": partial(choices_table, "point_blocks"),
+    "width": partial(choices_table, "width"),
+    "stitching": lambda root: parts_table("stitching", root),
     "baselines": baselines_table,
     "baselines_depth": partial(depth_table, "baselines_depth", "method", "{}"),
     "minicraft": lambda root: parts_table("achievements", root),
