@@ -1129,7 +1129,7 @@ def _typed(config, *arguments):
 
 
 def _facts(config, recipes):
-    versions = {each.name.replace("_", "-").lower(): each.version for each in importlib.metadata.distributions()}
+    version = lambda name: next((each.version for each in importlib.metadata.distributions(name=name)), None)
     arguments = sys.argv[1:]
     if Path(sys.argv[0]).resolve() != Path(_script(config)).resolve():  # a notebook's call of main
         told = {"resume": config.resume} if config.resume else {"env": config.env, **_changed(config, recipes)}
@@ -1137,7 +1137,7 @@ def _facts(config, recipes):
     return {
         "command": _typed(config, *arguments),
         "commit": commit(_script(config)),
-        "versions": {"python": platform.python_version()} | {package: versions.get(package) for package in PACKAGES},
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "device": device_name(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

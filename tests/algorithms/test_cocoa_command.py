@@ -24,7 +24,7 @@ ROBOT = [
     *("--env=half_cheetah_vel", "--num_train_tasks=4", "--num_test_tasks=2", "--episode_length=20", "--width=16"),
     *("--initial_steps=20", "--prior_steps=40", "--extra_steps=0", "--tasks_per_iteration=2", "--meta_batch=4"),
     *("--batch_size=16", "--context_size=16", "--num_trajectories=4", "--updates_per_iteration=5"),
-    *("--replay_size=20000", "--eval_every=400", "--checkpoint_every=80"),
+    *("--replay_size=20000", "--eval_every=400", "--checkpoint_every=160"),
 ]
 FIGURES = {"curve.png", "embedding.png"}
 
